@@ -1,0 +1,163 @@
+"""Named errors. Every edge answers hostile or broken input with one of these.
+
+`code` is stable and machine-readable: it travels in frames, bus replies and API bodies. The message is for a
+person: what happened, why, and what to do next.
+"""
+
+from typing import ClassVar
+
+
+class FallowError(Exception):
+    """The root of every error that Fallow raises on purpose."""
+
+    code: ClassVar[str] = "internal"
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.message = message
+
+
+class ConfigError(FallowError):
+    """A configuration file, variable or flag that cannot be used."""
+
+    code = "bad_config"
+
+
+# --- models -------------------------------------------------------------------------------------
+
+
+class ModelError(FallowError):
+    """A model file that is broken, lies about itself, or is of a kind that Fallow does not serve."""
+
+    code = "bad_model"
+
+
+class UnknownModel(FallowError):
+    """A model name or digest that nobody here has."""
+
+    code = "model_not_found"
+
+
+class BlobCorrupt(FallowError):
+    """Bytes that do not have the digest that they were asked for by."""
+
+    code = "blob_corrupt"
+
+
+class BlobUnavailable(FallowError):
+    """No peer could deliver a blob in time."""
+
+    code = "blob_unavailable"
+
+
+# --- engine -------------------------------------------------------------------------------------
+
+
+class EngineError(FallowError):
+    """A stage refused a call or failed inside it."""
+
+    code = "engine_failed"
+
+
+class EngineLost(EngineError):
+    """The worker process died; every session that it held is gone."""
+
+    code = "engine_lost"
+
+
+class KvExhausted(EngineError):
+    """The KV cache has no room for another reservation. A refusal, not a failure."""
+
+    code = "kv_exhausted"
+
+
+class UnknownSession(EngineError):
+    """A step, rewind or free for a session that this stage does not hold."""
+
+    code = "unknown_session"
+
+
+class PositionMismatch(EngineError):
+    """Rows that do not continue at the stage's position, or exceed the reservation."""
+
+    code = "position_mismatch"
+
+
+class NumericFault(EngineError):
+    """Non-finite activations: the stage's output would be garbage."""
+
+    code = "numeric_fault"
+
+
+# --- fabric -------------------------------------------------------------------------------------
+
+
+class FabricError(FallowError):
+    """Something between two processes went wrong."""
+
+    code = "fabric_failed"
+
+
+class FrameError(FabricError):
+    """Bytes that are not a valid frame: truncated, oversized, of unknown kind, or ill-typed."""
+
+    code = "bad_frame"
+
+
+class ProtocolVersionMismatch(FabricError):
+    """Two peers that share no protocol version."""
+
+    code = "protocol_version"
+
+
+class LinkClosed(FabricError):
+    """The peer closed the link, stopped answering, or was never reached."""
+
+    code = "link_closed"
+
+
+class BusUnavailable(FabricError):
+    """The control bus cannot be reached at present."""
+
+    code = "bus_unavailable"
+
+
+class BusTimeout(FabricError):
+    """Nobody answered a request on the bus in time."""
+
+    code = "bus_timeout"
+
+
+# --- sessions -----------------------------------------------------------------------------------
+
+
+class StageRefused(FallowError):
+    """A node would not open a stage. `reason` is the code of the refusal."""
+
+    code = "stage_refused"
+
+    def __init__(self, message: str, reason: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+class NoRoute(FallowError):
+    """No devices that are present can serve the model at present."""
+
+    code = "no_capacity"
+
+
+class ContextExceeded(FallowError):
+    """Prompt and requested completion do not fit the model's context."""
+
+    code = "context_length_exceeded"
+
+
+class BadRequest(FallowError):
+    """A request whose content cannot be served. `param` names the offending field."""
+
+    code = "invalid_request"
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param

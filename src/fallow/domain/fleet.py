@@ -1,0 +1,221 @@
+"""The messages that travel on the control bus: heartbeats up, commands down, routes to gateways.
+
+Commands are imperative (`PlaceStage`), facts are past tense or states (`Heartbeat`, `NodeGone`). No prompt, token or
+activation ever travels here. Subjects are built by the functions at the end, and nowhere else.
+"""
+
+from enum import StrEnum
+
+import msgspec
+
+from fallow.domain.frames import PeerAddress
+from fallow.domain.ids import Digest, ModelName, NodeId, SessionId
+from fallow.domain.model import ModelConfig, Quantisation, Span, StageSpec
+
+
+class StageStatus(StrEnum):
+    FETCHING = "fetching"
+    LOADING = "loading"
+    READY = "ready"
+    FAILED = "failed"
+
+
+class Speed(msgspec.Struct, frozen=True, kw_only=True):
+    """Measured engine speed: seconds that one layer takes for a call of 1, 4 and 8 decode rows."""
+
+    layer_s_1: float
+    layer_s_4: float
+    layer_s_8: float
+
+
+class HostedStage(msgspec.Struct, frozen=True, kw_only=True):
+    """A stage on a node, as its heartbeat reports it."""
+
+    stage: StageSpec
+    status: StageStatus
+    weights_bytes: int = 0
+    progress: float = 0.0
+    """Share of the files that are here and verified, 0 to 1."""
+    speed: Speed | None = None
+    error: str | None = None
+
+
+class Heartbeat(msgspec.Struct, frozen=True, kw_only=True):
+    """A node's whole public state. Sent every interval and at once when something in it changes."""
+
+    node: NodeId
+    name: str
+    sequence: int
+    address: PeerAddress
+    memory_bytes: int
+    """What the owner allows for weights and KV cache together."""
+    kv_budget_bytes: int
+    """The part of it set aside for the KV cache."""
+    kv_free_bytes: int
+    hosted: tuple[HostedStage, ...] = ()
+    session_count: int = 0
+    tokens_per_s: float = 0.0
+    """Rows computed a second, averaged over the last few."""
+    link_rtt_s: dict[NodeId, float] = {}
+    draining: bool = False
+    version: str = ""
+
+
+class NodeGone(msgspec.Struct, frozen=True, kw_only=True):
+    """The coordinator believes that a node is gone: its bus connection broke or it fell silent. Gateways probe."""
+
+    node: NodeId
+    reason: str
+
+
+class NodeLeaving(msgspec.Struct, frozen=True, kw_only=True):
+    """A node says goodbye to the coordinator."""
+
+    node: NodeId
+
+
+# --- commands to nodes --------------------------------------------------------------------------
+
+
+class PlaceStage(msgspec.Struct, frozen=True, kw_only=True, tag="place_stage", tag_field="kind"):
+    """Host this stage of this model, instead of whatever span of it is hosted now."""
+
+    stage: StageSpec
+    sources: tuple[PeerAddress, ...]
+    """Peers that have the model's files, best first."""
+
+
+class DropStage(msgspec.Struct, frozen=True, kw_only=True, tag="drop_stage", tag_field="kind"):
+    """Stop hosting a model."""
+
+    model: Digest
+
+
+NodeCommand = PlaceStage | DropStage
+
+
+class Accepted(msgspec.Struct, frozen=True, kw_only=True):
+    """The reply to a command; carrying it out shows in heartbeats."""
+
+    ok: bool
+    message: str = ""
+
+
+# --- routing ------------------------------------------------------------------------------------
+
+
+class Hop(msgspec.Struct, frozen=True, kw_only=True):
+    """One stage of a session's chain."""
+
+    address: PeerAddress
+    span: Span
+
+
+class RouteRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """Ask for a chain. For a repair, `keep` holds the hops that are alive, and only the gaps are filled."""
+
+    model: Digest
+    session: SessionId
+    reserve_tokens: int
+    exclude: tuple[NodeId, ...] = ()
+    keep: tuple[Hop, ...] = ()
+    origin: NodeId | None = None
+
+
+class RouteReply(msgspec.Struct, frozen=True, kw_only=True):
+    """A chain that covers every layer once, or the reason why there is none."""
+
+    hops: tuple[Hop, ...] = ()
+    error: str | None = None
+
+
+# --- the catalogue ------------------------------------------------------------------------------
+
+
+class ModelEntry(msgspec.Struct, frozen=True, kw_only=True):
+    """A model that the operator serves, as gateways and nodes learn of it. The manifest itself is a blob."""
+
+    name: ModelName
+    model: Digest
+    manifest_bytes: int
+    config: ModelConfig
+    quantisation: Quantisation
+    weights_bytes: tuple[int, int, tuple[int, ...]]
+    """Embedding, head, and each layer."""
+    created_unix_s: int
+    servable: bool = False
+    """Whether a chain exists now."""
+
+
+class Catalogue(msgspec.Struct, frozen=True, kw_only=True):
+    models: tuple[ModelEntry, ...]
+    stores: tuple[PeerAddress, ...]
+    """Peers that hold every file: the operator's store first."""
+
+
+class StoreAnnounced(msgspec.Struct, frozen=True, kw_only=True):
+    """The operator's store tells the coordinator which models it serves, at an interval."""
+
+    address: PeerAddress
+    models: tuple[ModelEntry, ...]
+
+
+class GatewayReport(msgspec.Struct, frozen=True, kw_only=True):
+    """A gateway's figures for `fallow status`, at an interval."""
+
+    gateway: NodeId
+    url: str
+    sessions: int
+    tokens_per_s: float
+    chains: tuple[tuple[NodeId, ...], ...] = ()
+
+
+class FleetStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """What the coordinator knows, for `fallow status` and operators' tools."""
+
+    nodes: tuple[Heartbeat, ...]
+    silent_s: dict[NodeId, float]
+    models: tuple[ModelEntry, ...]
+    gateways: tuple[GatewayReport, ...] = ()
+    coordinator_uptime_s: float = 0.0
+
+
+class Subjects:
+    """Bus subjects of one cell."""
+
+    def __init__(self, cell: str) -> None:
+        self._root = f"fallow.{cell}"
+
+    def heartbeat(self, node: NodeId | str = "*") -> str:
+        return f"{self._root}.node.{node}.heartbeat"
+
+    def command(self, node: NodeId) -> str:
+        return f"{self._root}.node.{node}.command"
+
+    @property
+    def leaving(self) -> str:
+        return f"{self._root}.leaving"
+
+    @property
+    def gone(self) -> str:
+        return f"{self._root}.gone"
+
+    @property
+    def route(self) -> str:
+        return f"{self._root}.route"
+
+    @property
+    def catalogue(self) -> str:
+        return f"{self._root}.catalogue"
+
+    @property
+    def store(self) -> str:
+        return f"{self._root}.store"
+
+    @property
+    def gateway(self) -> str:
+        return f"{self._root}.gateway"
+
+    @property
+    def status(self) -> str:
+        return f"{self._root}.status"

@@ -1,0 +1,220 @@
+"""The messages that travel on links, between gateways, nodes and stores.
+
+Rules
+- A frame is one of these headers and a payload of raw tensor bytes (little-endian, row-major); the codec is
+  `fabric/codec.py`. Fields may be added; unknown fields are ignored, unknown kinds are refused by name.
+- A session runs through a chain of stages. Its gateway drives it: it opens every stage, feeds the first, and is fed
+  by the last. Stages hand rows to each other directly and never decide anything.
+- *Positions* are token indices from 0. A stage's position is the number of tokens in its KV cache. Rows below it are
+  duplicates and dropped; rows above it are a gap and answered with a `Fault`.
+- *Epochs* fence: the gateway raises a session's epoch whenever it changes the chain or rewinds. A stage drops rows of
+  an older epoch, and holds rows of a newer one until it has heard of that epoch from the gateway.
+
+What opens, repairs and rewinds a session is always the same three steps: `OpenStage` to stages that are new and
+`Fence` to those that stay, `StageState` back from each, then `Flow` to all.
+"""
+
+from typing import ClassVar
+
+import msgspec
+
+from fallow.domain.ids import Digest, NodeId, SessionId
+from fallow.domain.model import Span
+
+PROTOCOL_VERSION = 1
+"""The newest version spoken here. `Hello` carries the range that a peer speaks."""
+PROTOCOL_VERSION_MIN = 1
+
+MAX_HEADER_BYTES = 64 * 1024
+MAX_FRAME_BYTES = 32 * 1024 * 1024
+MAX_ROWS_PER_FRAME = 256
+
+
+class PeerAddress(msgspec.Struct, frozen=True):
+    """Where to dial a peer. Its id is its public key, so an address that lies cannot impersonate."""
+
+    node: NodeId
+    endpoints: tuple[str, ...]
+    """`ip:port` for direct dialling; the in-memory fabric ignores them."""
+
+
+class Header(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind"):
+    """Base of every frame header."""
+
+    has_payload: ClassVar[bool] = False
+
+
+# --- the link itself ----------------------------------------------------------------------------
+
+
+class Hello(Header, frozen=True, kw_only=True, tag="hello"):
+    """First frame in each direction."""
+
+    version_min: int
+    version_max: int
+    capabilities: tuple[str, ...] = ()
+    role: str = "node"
+
+
+class Ping(Header, frozen=True, kw_only=True, tag="ping"):
+    nonce: int
+
+
+class Pong(Header, frozen=True, kw_only=True, tag="pong"):
+    nonce: int
+
+
+class Goodbye(Header, frozen=True, kw_only=True, tag="goodbye"):
+    """The peer is leaving on purpose: treat the link as closed now, and its sessions as in need of repair."""
+
+    code: str
+    message: str
+
+
+# --- sessions: gateway to stages ----------------------------------------------------------------
+
+
+class OpenStage(Header, frozen=True, kw_only=True, tag="open_stage"):
+    """Reserve room for a session on a stage that does not hold it yet. Answered by `StageState` or `Refused`."""
+
+    session: SessionId
+    epoch: int
+    model: Digest
+    span: Span
+    reserve_tokens: int
+    """KV room that the session may come to need, prompt and completion together."""
+
+
+class Fence(Header, frozen=True, kw_only=True, tag="fence"):
+    """Stop taking rows of older epochs; say where you are once what is being computed has finished.
+
+    Answered by `StageState`, or `Refused` with `unknown_session`.
+    """
+
+    session: SessionId
+    epoch: int
+
+
+class StageState(Header, frozen=True, kw_only=True, tag="stage_state"):
+    """A stage's answer to `OpenStage` and `Fence`."""
+
+    session: SessionId
+    epoch: int
+    position: int
+    log_start: int
+    """First position whose output rows this stage still keeps; equals `position` when it keeps none."""
+
+
+class Refused(Header, frozen=True, kw_only=True, tag="refused"):
+    """A stage's other answer. `code` is that of a `FallowError`."""
+
+    session: SessionId
+    epoch: int
+    code: str
+    message: str
+
+
+class Flow(Header, frozen=True, kw_only=True, tag="flow"):
+    """Let rows flow at this epoch. Fire and forget.
+
+    The stage first rewinds to `rewind_to` (when given), then sends its logged output rows from `forward_from` on to
+    `next`, and from then on every row that it computes at or above `forward_from`.
+    """
+
+    session: SessionId
+    epoch: int
+    next: PeerAddress | None
+    """The following stage; `None` for the last stage, which answers the gateway that sent this."""
+    forward_from: int
+    rewind_to: int | None = None
+
+
+class CloseSession(Header, frozen=True, kw_only=True, tag="close_session"):
+    """Free everything the session holds. Unknown sessions are fine."""
+
+    session: SessionId
+
+
+# --- sessions: rows along the chain -------------------------------------------------------------
+
+
+class Rows(Header, frozen=True, kw_only=True, tag="rows"):
+    """Input rows for a stage, at positions `position` to `position + count`.
+
+    Payload: int32 token ids `[count]` for a stage that starts at layer 0, else hidden states `[count, hidden]` in the
+    model's wire type (float16; float32 for f32 models).
+    """
+
+    has_payload: ClassVar[bool] = True
+
+    session: SessionId
+    epoch: int
+    position: int
+    count: int
+    logits_from: int
+    """Positions at or above this one get logits at the head."""
+    top_k: int | None
+    """That many log-probabilities a row, highest first; `None` for the full vocabulary."""
+
+
+class Result(Header, frozen=True, kw_only=True, tag="result"):
+    """The last stage's answer to the gateway: progress up to `position + count`, with logits where they were asked.
+
+    Payload, for the `logit_count` rows that end at `position + count`: int32 ids `[logit_count, k]` then float32
+    log-probabilities `[logit_count, k]`; with `k = None`, float32 log-probabilities `[logit_count, vocab]` alone.
+    """
+
+    has_payload: ClassVar[bool] = True
+
+    session: SessionId
+    epoch: int
+    position: int
+    count: int
+    logit_count: int
+    k: int | None
+
+
+class Fault(Header, frozen=True, kw_only=True, tag="fault"):
+    """A stage tells the session's gateway that it cannot go on. The gateway repairs the chain."""
+
+    session: SessionId
+    epoch: int
+    code: str
+    message: str
+    suspect: NodeId | None = None
+    """The device believed to be at fault, when it is not the sender."""
+
+
+# --- model files --------------------------------------------------------------------------------
+
+
+class FetchChunk(Header, frozen=True, kw_only=True, tag="fetch_chunk"):
+    """Ask a peer for one chunk (`BLOB_CHUNK_BYTES`, the last may be shorter) of a blob."""
+
+    digest: Digest
+    index: int
+
+
+class Chunk(Header, frozen=True, kw_only=True, tag="chunk"):
+    """Payload: the chunk's bytes; empty when `found` is false."""
+
+    has_payload: ClassVar[bool] = True
+
+    digest: Digest
+    index: int
+    found: bool
+
+
+AnyHeader = (
+    Hello | Ping | Pong | Goodbye
+    | OpenStage | Fence | StageState | Refused | Flow | CloseSession
+    | Rows | Result | Fault
+    | FetchChunk | Chunk
+)  # fmt: skip
+
+
+class Frame(msgspec.Struct, frozen=True):
+    """One message on a link."""
+
+    header: AnyHeader
+    payload: bytes | bytearray | memoryview = b""

@@ -1,0 +1,107 @@
+"""The `StageEngine` contract: what an agent asks of whatever computes its stages.
+
+Rules
+- An engine hosts at most one `StageSpec` of each model. A session runs through adjacent pieces of it.
+- Steps of one session run in the order given; steps of different sessions run together, in one call where they can.
+  A long prefill delays others' decode by at most one chunk of `PREFILL_CHUNK_ROWS` rows.
+- The result for a row does not depend on which other rows share its call, beyond the kernels' rounding.
+- A refusal (`KvExhausted`, `UnknownSession`, `PositionMismatch`) leaves the session as it was. `NumericFault` ends the
+  step; the session can be rewound. `EngineLost` ends everything: every session is gone, `lost` is set, and the engine
+  can be started again.
+- Between layers the residual stream is rounded to the wire type, so that where a model is cut does not change its answer.
+"""
+
+import asyncio
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Protocol
+
+import msgspec
+
+from fallow.domain.fleet import Speed
+from fallow.domain.ids import Digest, SessionId
+from fallow.domain.model import Manifest, Span, StageSpec
+
+PREFILL_CHUNK_ROWS = 128
+DEFAULT_TOP_K = 64
+
+
+class Loaded(msgspec.Struct, frozen=True, kw_only=True):
+    """A stage that is ready."""
+
+    weights_bytes: int
+    kv_bytes_per_token: int
+    load_s: float
+    speed: Speed
+
+
+class Step(msgspec.Struct, frozen=True, kw_only=True):
+    """Rows to push through a span for one session; fields and payload as in `frames.Rows`."""
+
+    session: SessionId
+    position: int
+    count: int
+    logits_from: int
+    top_k: int | None
+    payload: bytes | bytearray | memoryview
+
+
+class Stepped(msgspec.Struct, frozen=True, kw_only=True):
+    """What came out: hidden rows for the next stage, or the payload of `frames.Result` when the span has the head."""
+
+    payload: bytes | bytearray | memoryview
+    logit_count: int
+    k: int | None
+    compute_s: float
+
+
+class EngineLoad(msgspec.Struct, frozen=True, kw_only=True):
+    """How busy the engine is, for heartbeats."""
+
+    sessions: int
+    kv_free_bytes: int
+    rows_per_s: float
+
+
+class StageEngine(Protocol):
+    """Computes stages for an agent."""
+
+    @property
+    def lost(self) -> asyncio.Event:
+        """Set when the engine died; cleared by `start`."""
+        ...
+
+    @property
+    def load_now(self) -> EngineLoad: ...
+
+    async def start(self) -> None:
+        """Start, or start again after a loss. Hosts nothing afterwards."""
+        ...
+
+    async def load(self, stage: StageSpec, manifest: Manifest, files: Mapping[Digest, Path]) -> Loaded:
+        """Build a stage from verified local files. Replaces what is hosted of that model: pieces that stay are kept
+        with their sessions, new ones are built first, and sessions on pieces that go are freed last.
+
+        Raises `ModelError` for tensors that do not fit the manifest, `EngineError` otherwise.
+        """
+        ...
+
+    async def unload(self, model: Digest) -> None: ...
+
+    async def open(self, session: SessionId, model: Digest, span: Span, reserve_tokens: int) -> None:
+        """Admit a session at position 0. Raises `KvExhausted`, or `EngineError` for a span that is not hosted."""
+        ...
+
+    async def step(self, step: Step) -> Stepped:
+        """Compute rows; the session's position becomes `position + count`."""
+        ...
+
+    async def rewind(self, session: SessionId, position: int) -> None:
+        """Forget everything at and above `position`."""
+        ...
+
+    async def free(self, session: SessionId) -> None:
+        """Free a session. Unknown sessions are fine."""
+        ...
+
+    async def close(self) -> None: ...

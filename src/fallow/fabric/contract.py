@@ -1,0 +1,95 @@
+"""The two fabrics' contracts: `Bus` for control, `Link` for data.
+
+`tests/contract/` runs one suite on every adapter. What the suite holds:
+
+Bus
+- Subjects are dotted words; a subscription may use `*` for one word. Delivery is at most once, in order per
+  publisher and subscription. A handler's exception is logged and never breaks the subscription.
+- `request` waits for one reply: `BusTimeout` when none came, `BusUnavailable` when nobody can be asked.
+- A broken connection heals by itself; what was published meanwhile may be lost. Messages are at most
+  `MAX_BUS_MESSAGE_BYTES`.
+
+Link
+- Frames arrive whole, once, in the order sent. `send` waits while `LINK_WINDOW_BYTES` are unsent: back-pressure, not
+  a buffer. Sends from several tasks do not interleave within a frame.
+- `receive` raises `LinkClosed` when the peer closed (at once) or cannot be reached any more, and `FrameError` when the
+  peer sent garbage, after which the link is closed. Cancelling a `receive` loses nothing.
+- `close` is idempotent, flushes what was sent, and wakes every waiter on both sides.
+- The peer's id is authenticated by the transport; nobody can claim another's.
+"""
+
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Protocol
+
+from fallow.domain.frames import Frame, PeerAddress
+from fallow.domain.ids import NodeId
+
+MAX_BUS_MESSAGE_BYTES = 1 << 20
+LINK_WINDOW_BYTES = 8 << 20
+DIAL_TIMEOUT_S = 5.0
+
+BusHandler = Callable[[str, bytes], Awaitable[bytes | None]]
+"""Takes subject and message; what it returns answers a request (`None`: no answer)."""
+
+
+class Subscription(Protocol):
+    """A live subscription."""
+
+    async def cancel(self) -> None:
+        """Stop delivery. Idempotent."""
+        ...
+
+
+class Bus(Protocol):
+    """Publish, subscribe and request among the processes of a cell."""
+
+    async def publish(self, subject: str, message: bytes) -> None: ...
+
+    async def request(self, subject: str, message: bytes, timeout_s: float) -> bytes:
+        """The first reply. Raises `BusTimeout` or `BusUnavailable`."""
+        ...
+
+    async def subscribe(self, subject: str, handler: BusHandler, queue: str | None = None) -> Subscription:
+        """Deliver matching messages to `handler`; with `queue`, to one member of that group."""
+        ...
+
+    async def close(self) -> None: ...
+
+
+class Link(Protocol):
+    """An ordered, framed, bounded, encrypted conversation with one authenticated peer."""
+
+    @property
+    def peer(self) -> NodeId: ...
+
+    @property
+    def rtt_s(self) -> float | None:
+        """The transport's estimate of the round trip, when it has one."""
+        ...
+
+    async def send(self, frame: Frame) -> None:
+        """Queue a frame; waits under back-pressure. Raises `LinkClosed`."""
+        ...
+
+    async def receive(self) -> Frame:
+        """The next frame. Raises `LinkClosed` or `FrameError`."""
+        ...
+
+    async def close(self, code: str = "done", message: str = "") -> None: ...
+
+
+class LinkEndpoint(Protocol):
+    """A device's presence on the data fabric: it dials and is dialled."""
+
+    @property
+    def address(self) -> PeerAddress: ...
+
+    async def connect(self, address: PeerAddress) -> Link:
+        """Dial a peer. Raises `LinkClosed` after `DIAL_TIMEOUT_S` at most."""
+        ...
+
+    def accept(self) -> AsyncIterator[Link]:
+        """Links that peers open, until `close`."""
+        ...
+
+    async def close(self) -> None: ...

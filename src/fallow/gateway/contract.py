@@ -1,0 +1,70 @@
+"""The seam between the API and the fleet: `TokenSource`.
+
+The API side owns text, templates, sampling and HTTP. The session side owns routes, stages, failures and prefix
+reuse. What passes between them is tokens in, log-probabilities out; a failure that was repaired is invisible here.
+"""
+
+from collections.abc import AsyncIterator, Sequence
+from typing import Protocol
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from fallow.domain.ids import Digest
+from fallow.domain.model import Manifest
+
+
+class Candidates(msgspec.Struct, frozen=True):
+    """One position's next-token distribution, highest first.
+
+    `ids` int32 `[k]`, `logprobs` float32 `[k]`; with `top_k=None`, the whole vocabulary in id order.
+    """
+
+    ids: NDArray[np.int32]
+    logprobs: NDArray[np.float32]
+    complete: bool
+    """Whether these are the whole vocabulary (in id order) rather than the top of it."""
+
+
+class Conversation(Protocol):
+    """One generation in progress: a session on some chain of devices. Not shared between tasks."""
+
+    @property
+    def cached_tokens(self) -> int:
+        """Prompt tokens that were served from a kept session's cache."""
+        ...
+
+    async def prefill(self) -> Candidates:
+        """Push the prompt through; the distribution after its last token."""
+        ...
+
+    async def decode(self, token: int) -> Candidates:
+        """Append a token; the distribution after it."""
+        ...
+
+    async def close(self, *, keep: bool) -> None:
+        """End it. `keep` leaves the cache on the devices for a follow-up turn; otherwise it is freed everywhere.
+        Idempotent."""
+        ...
+
+
+class TokenSource(Protocol):
+    """Opens conversations on the fleet."""
+
+    def models(self) -> Sequence[Manifest]:
+        """Models that can be asked for now."""
+        ...
+
+    async def open(
+        self, model: Digest, prompt: Sequence[int], max_new_tokens: int, top_k: int | None, owner: str
+    ) -> Conversation:
+        """Find a chain and reserve room. `owner` (an API key's id) scopes prefix reuse: no cache is shared across keys.
+
+        Raises `UnknownModel`, `NoRoute`, `KvExhausted`, `ContextExceeded`.
+        """
+        ...
+
+    def status(self) -> AsyncIterator[str]:
+        """Human-readable events (repairs, re-routes), for logs and the demo."""
+        ...

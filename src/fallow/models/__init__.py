@@ -1,0 +1,1 @@
+"""Checkpoints in, servable models out: import, quantise, manifest, content-addressed store."""
