@@ -128,6 +128,12 @@ class BusTimeout(FabricError):
     code = "bus_timeout"
 
 
+class BusMessageError(FabricError):
+    """A bus message that cannot be believed: not decodable, absurd numbers, or a sender that is not who it says."""
+
+    code = "bad_message"
+
+
 # --- sessions -----------------------------------------------------------------------------------
 
 

@@ -46,6 +46,9 @@ class Heartbeat(msgspec.Struct, frozen=True, kw_only=True):
     node: NodeId
     name: str
     sequence: int
+    """Counts up within one run of the node, so that a late heartbeat is told from a new one."""
+    boot: str = ""
+    """Drawn at random when the node starts: tells a restart from a late heartbeat."""
     address: PeerAddress
     memory_bytes: int
     """What the owner allows for weights and KV cache together."""
@@ -81,6 +84,7 @@ class PlaceStage(msgspec.Struct, frozen=True, kw_only=True, tag="place_stage", t
     """Host this stage of this model, instead of whatever span of it is hosted now."""
 
     stage: StageSpec
+    manifest_bytes: int
     sources: tuple[PeerAddress, ...]
     """Peers that have the model's files, best first."""
 
@@ -178,6 +182,10 @@ class FleetStatus(msgspec.Struct, frozen=True, kw_only=True):
     models: tuple[ModelEntry, ...]
     gateways: tuple[GatewayReport, ...] = ()
     coordinator_uptime_s: float = 0.0
+    unplaceable: dict[Digest, str] = {}
+    """Why a model of the catalogue has no chain, for people."""
+    dropped_messages: dict[str, int] = {}
+    """Bus messages that were not believed, counted by the kind of message."""
 
 
 class Subjects:
@@ -191,6 +199,11 @@ class Subjects:
 
     def command(self, node: NodeId) -> str:
         return f"{self._root}.node.{node}.command"
+
+    @property
+    def hello(self) -> str:
+        """A coordinator has started: nodes, stores and gateways report at once. The message is empty."""
+        return f"{self._root}.hello"
 
     @property
     def leaving(self) -> str:

@@ -10,10 +10,11 @@ Rules
 - *Epochs* fence: the gateway raises a session's epoch whenever it changes the chain or rewinds. A stage drops rows of
   an older epoch, and holds rows of a newer one until it has heard of that epoch from the gateway.
 
-What opens, repairs and rewinds a session is always the same three steps: `OpenStage` to stages that are new and
-`Fence` to those that stay, `StageState` back from each, then `Flow` to all.
+What opens, repairs and rewinds a session is always the same three steps: `OpenStage` to every stage of the chain,
+`StageState` back from each, then `Flow` to all. `policy/recovery.py` works out what each must resend or recompute.
 """
 
+from enum import StrEnum
 from typing import ClassVar
 
 import msgspec
@@ -28,6 +29,16 @@ PROTOCOL_VERSION_MIN = 1
 MAX_HEADER_BYTES = 64 * 1024
 MAX_FRAME_BYTES = 32 * 1024 * 1024
 MAX_ROWS_PER_FRAME = 256
+
+
+class Phase(StrEnum):
+    """How a row is computed. CPU kernels round a lone row and a row among others differently, and 8-bit activations
+    amplify that; so a row that is computed again (a rebuilt cache) is computed the way it was the first time."""
+
+    PREFILL = "prefill"
+    """Together with its neighbours: prompt tokens."""
+    DECODE = "decode"
+    """Alone in its sequence: generated tokens."""
 
 
 class PeerAddress(msgspec.Struct, frozen=True):
@@ -75,7 +86,12 @@ class Goodbye(Header, frozen=True, kw_only=True, tag="goodbye"):
 
 
 class OpenStage(Header, frozen=True, kw_only=True, tag="open_stage"):
-    """Reserve room for a session on a stage that does not hold it yet. Answered by `StageState` or `Refused`."""
+    """Hold a session on this stage at this epoch. Answered by `StageState` or `Refused`.
+
+    A stage that does not hold it reserves room and starts at position 0. One that does (same gateway, same span)
+    keeps its cache, grows the reservation if need be, takes no more rows of older epochs, and answers once what is
+    being computed has finished.
+    """
 
     session: SessionId
     epoch: int
@@ -85,18 +101,8 @@ class OpenStage(Header, frozen=True, kw_only=True, tag="open_stage"):
     """KV room that the session may come to need, prompt and completion together."""
 
 
-class Fence(Header, frozen=True, kw_only=True, tag="fence"):
-    """Stop taking rows of older epochs; say where you are once what is being computed has finished.
-
-    Answered by `StageState`, or `Refused` with `unknown_session`.
-    """
-
-    session: SessionId
-    epoch: int
-
-
 class StageState(Header, frozen=True, kw_only=True, tag="stage_state"):
-    """A stage's answer to `OpenStage` and `Fence`."""
+    """A stage's answer to `OpenStage`: at rest, and waiting for `Flow`."""
 
     session: SessionId
     epoch: int
@@ -115,7 +121,7 @@ class Refused(Header, frozen=True, kw_only=True, tag="refused"):
 
 
 class Flow(Header, frozen=True, kw_only=True, tag="flow"):
-    """Let rows flow at this epoch. Fire and forget.
+    """Let rows flow at this epoch. Fire and forget; of a newer epoch than the stage's, it fences as well.
 
     The stage first rewinds to `rewind_to` (when given), then sends its logged output rows from `forward_from` on to
     `next`, and from then on every row that it computes at or above `forward_from`.
@@ -123,9 +129,13 @@ class Flow(Header, frozen=True, kw_only=True, tag="flow"):
 
     session: SessionId
     epoch: int
+    previous: NodeId | None
+    """The stage that rows come from; `None` for the first, which the gateway feeds."""
     next: PeerAddress | None
     """The following stage; `None` for the last stage, which answers the gateway that sent this."""
     forward_from: int
+    results_from: int
+    """Where the gateway's results end: resent rows below need no logits again."""
     rewind_to: int | None = None
 
 
@@ -151,6 +161,7 @@ class Rows(Header, frozen=True, kw_only=True, tag="rows"):
     epoch: int
     position: int
     count: int
+    phase: Phase
     logits_from: int
     """Positions at or above this one get logits at the head."""
     top_k: int | None
@@ -207,7 +218,7 @@ class Chunk(Header, frozen=True, kw_only=True, tag="chunk"):
 
 AnyHeader = (
     Hello | Ping | Pong | Goodbye
-    | OpenStage | Fence | StageState | Refused | Flow | CloseSession
+    | OpenStage | StageState | Refused | Flow | CloseSession
     | Rows | Result | Fault
     | FetchChunk | Chunk
 )  # fmt: skip

@@ -4,11 +4,13 @@ Rules
 - An engine hosts at most one `StageSpec` of each model. A session runs through adjacent pieces of it.
 - Steps of one session run in the order given; steps of different sessions run together, in one call where they can.
   A long prefill delays others' decode by at most one chunk of `PREFILL_CHUNK_ROWS` rows.
-- The result for a row does not depend on which other rows share its call, beyond the kernels' rounding.
+- The result for a row depends on its session's earlier rows and on its `Phase`, bit for bit, and on nothing else: not
+  on which other rows share its call, nor on how rows were chunked.
 - A refusal (`KvExhausted`, `UnknownSession`, `PositionMismatch`) leaves the session as it was. `NumericFault` ends the
   step; the session can be rewound. `EngineLost` ends everything: every session is gone, `lost` is set, and the engine
   can be started again.
-- Between layers the residual stream is rounded to the wire type, so that where a model is cut does not change its answer.
+- At every possible cut the residual stream is rounded to the wire type, so that a cut never changes an answer
+  (`domain.model.cut_points`).
 """
 
 import asyncio
@@ -19,6 +21,7 @@ from typing import Protocol
 import msgspec
 
 from fallow.domain.fleet import Speed
+from fallow.domain.frames import Phase
 from fallow.domain.ids import Digest, SessionId
 from fallow.domain.model import Manifest, Span, StageSpec
 
@@ -41,6 +44,7 @@ class Step(msgspec.Struct, frozen=True, kw_only=True):
     session: SessionId
     position: int
     count: int
+    phase: Phase
     logits_from: int
     top_k: int | None
     payload: bytes | bytearray | memoryview
@@ -90,6 +94,10 @@ class StageEngine(Protocol):
 
     async def open(self, session: SessionId, model: Digest, span: Span, reserve_tokens: int) -> None:
         """Admit a session at position 0. Raises `KvExhausted`, or `EngineError` for a span that is not hosted."""
+        ...
+
+    async def reserve(self, session: SessionId, reserve_tokens: int) -> None:
+        """Grow a session's reservation; never shrinks it. Raises `KvExhausted`, leaving it as it was."""
         ...
 
     async def step(self, step: Step) -> Stepped:

@@ -14,13 +14,15 @@ Link
   a buffer. Sends from several tasks do not interleave within a frame.
 - `receive` raises `LinkClosed` when the peer closed (at once) or cannot be reached any more, and `FrameError` when the
   peer sent garbage, after which the link is closed. Cancelling a `receive` loses nothing.
-- `close` is idempotent, flushes what was sent, and wakes every waiter on both sides.
+- `close` is idempotent, flushes what was sent, and wakes every waiter on both sides. Its code and message reach the
+  peer (as a `Goodbye`, which links handle themselves) in the words of its `LinkClosed`.
 - The peer's id is authenticated by the transport; nobody can claim another's.
 """
 
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Protocol
 
+from fallow.domain.errors import FabricError
 from fallow.domain.frames import Frame, PeerAddress
 from fallow.domain.ids import NodeId
 
@@ -56,6 +58,19 @@ class Bus(Protocol):
     async def close(self) -> None: ...
 
 
+class PresenceWatcher(Protocol):
+    """Tells when a process loses its connection to the bus: the fastest sign of a crash.
+
+    A client that connected again under the same name before the event of its old connection came is not reported.
+    """
+
+    async def start(self, on_disconnect: Callable[[str, str], None]) -> None:
+        """Call `on_disconnect(client_name, reason)` for each loss, until `close`. Raises `BusUnavailable`."""
+        ...
+
+    async def close(self) -> None: ...
+
+
 class Link(Protocol):
     """An ordered, framed, bounded, encrypted conversation with one authenticated peer."""
 
@@ -76,6 +91,38 @@ class Link(Protocol):
         ...
 
     async def close(self, code: str = "done", message: str = "") -> None: ...
+
+
+class PushLink(Link, Protocol):
+    """A `Link` that can also push: no task and no wake-up per frame. Every adapter here is one; `Peers` needs it.
+
+    A link is either pulled with `receive` or pushed with `set_receiver`, not both.
+    """
+
+    @property
+    def bytes_received(self) -> int:
+        """Bytes that arrived so far, whole frames or not: a peer in the middle of a big frame is not silent."""
+        ...
+
+    @property
+    def frames_sent(self) -> int:
+        """Frames that were accepted for sending so far."""
+        ...
+
+    def post(self, frame: Frame) -> bool:
+        """Queue a frame without waiting; false when the link is closed or its window is full."""
+        ...
+
+    def set_receiver(self, on_frame: Callable[[Frame], None], on_end: Callable[[FabricError], None]) -> None:
+        """From now on call `on_frame` for every frame in order, and `on_end` once, last, with why the link ended.
+
+        Frames that already came are delivered before this returns. An exception from `on_frame` closes the link.
+        """
+        ...
+
+    def abort(self, message: str) -> None:
+        """Close at once without flushing; for a peer that is believed dead."""
+        ...
 
 
 class LinkEndpoint(Protocol):

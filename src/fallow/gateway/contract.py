@@ -4,7 +4,7 @@ The API side owns text, templates, sampling and HTTP. The session side owns rout
 reuse. What passes between them is tokens in, log-probabilities out; a failure that was repaired is invisible here.
 """
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 import msgspec
@@ -63,8 +63,4 @@ class TokenSource(Protocol):
 
         Raises `UnknownModel`, `NoRoute`, `KvExhausted`, `ContextExceeded`.
         """
-        ...
-
-    def status(self) -> AsyncIterator[str]:
-        """Human-readable events (repairs, re-routes), for logs and the demo."""
         ...

@@ -1,0 +1,369 @@
+"""One conversation's chain of devices: feed tokens, await log-probabilities, repair what breaks.
+
+Rules
+- The gateway holds the conversation's tokens, so it can rebuild anything. It asks the coordinator for a chain, opens
+  every stage, and lets rows flow by the plan of `policy/recovery.py`. Opening, repairing and rewinding are one thing.
+- Trouble (a fault, a lost link, a hang) is noted by frame handlers and handled by the one task that awaits the next
+  token; an idle conversation that meets trouble is simply dropped by its owner.
+- A repair that finds no chain waits for one, `REPAIR_TIMEOUT_S` at most, so that a device that appears is used; then
+  the client gets `NoRoute`.
+- Prompt rows in flight are bounded: `WINDOW_ROWS` beyond the last result.
+
+It does not sample, render text or speak HTTP.
+"""
+
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import numpy as np
+
+from fallow.domain.clock import Clock
+from fallow.domain.errors import (
+    BusTimeout,
+    BusUnavailable,
+    FallowError,
+    KvExhausted,
+    NoRoute,
+    StageRefused,
+)
+from fallow.domain.fleet import Hop
+from fallow.domain.frames import (
+    CloseSession,
+    Fault,
+    Flow,
+    Frame,
+    OpenStage,
+    PeerAddress,
+    Phase,
+    Refused,
+    Result,
+    Rows,
+    StageState,
+)
+from fallow.domain.ids import Digest, NodeId, SessionId
+from fallow.fabric.peers import Peers
+from fallow.gateway.contract import Candidates
+from fallow.policy.recovery import StagePosition, plan_recovery
+
+CHUNK_ROWS = 128
+WINDOW_ROWS = 8 * CHUNK_ROWS
+OPEN_TIMEOUT_S = 3.0
+"""How long a stage may take to answer `OpenStage`; it first finishes what it computes."""
+REPAIR_TIMEOUT_S = 30.0
+REPAIR_RETRY_S = 0.1
+AVOID_S = 8.0
+"""How long a session avoids a device that it lost; longer than the coordinator takes to notice, so that it is not
+dialled again meanwhile."""
+AVOID_ENGINE_S = 1.0
+"""The same for a device whose worker died while its agent lives: it comes back soon, and may be the only one."""
+STALL_TIMEOUT_S = 15.0
+"""Without any progress for so long, the chain is asked where it stands even though every link lives."""
+
+log = logging.getLogger(__name__)
+
+
+class Router(Protocol):
+    """Where chains come from: the coordinator, over the bus."""
+
+    async def route(
+        self, model: Digest, session: SessionId, reserve_tokens: int, exclude: frozenset[NodeId], keep: Sequence[Hop]
+    ) -> tuple[Hop, ...]:
+        """A chain that covers the model. Raises `NoRoute`, `BusTimeout`, `BusUnavailable`."""
+        ...
+
+
+class Chain:
+    """A session on some chain of stages. One task drives it; frames are delivered from the link readers."""
+
+    def __init__(
+        self,
+        session: SessionId,
+        model: Digest,
+        reserve_tokens: int,
+        top_k: int | None,
+        peers: Peers,
+        router: Router,
+        clock: Clock,
+        on_event: Callable[[str], None],
+    ) -> None:
+        self.session = session
+        self.model = model
+        self.top_k = top_k
+        self.reserve_tokens = reserve_tokens
+        self.tokens: list[int] = []
+        self._phases: list[Phase] = []
+        """How each token's row was computed first, and must be computed again when it is lost."""
+        self.hops: tuple[Hop, ...] = ()
+        self.repairs = 0
+        self.broken = False
+        self._peers = peers
+        self._router = router
+        self._clock = clock
+        self._on_event = on_event
+        self._epoch = 0
+        self._fed = 0
+        self._valid = 0
+        self._received = 0
+        self._candidates: Candidates | None = None
+        self._trouble: str | None = None
+        self._avoid_until_s: dict[NodeId, float] = {}
+        self._wake: asyncio.Future[None] | None = None
+        self._states: dict[NodeId, StageState | Refused] = {}
+        self._progress_at_s = clock.monotonic_s()
+
+    # --- what its owner asks -------------------------------------------------------------------
+
+    async def establish(self, keep_tokens: int = 0) -> None:
+        """Open the chain, keeping the first `keep_tokens` tokens of an earlier turn.
+
+        Raises `NoRoute`, `KvExhausted`, or a bus error, when it cannot be opened at once.
+        """
+        self.tokens = self.tokens[:keep_tokens]
+        self._phases = self._phases[:keep_tokens]
+        self._fed = self._valid = self._received = keep_tokens
+        self._candidates = None
+        await self._connect(keep=self.hops if keep_tokens else ())
+
+    async def advance(self, tokens: Sequence[int], phase: Phase) -> Candidates:
+        """Append tokens, all to be computed in one phase; the distribution after the last one.
+
+        Repairs the chain as often as it must.
+
+        Raises `NoRoute` when no chain was found within `REPAIR_TIMEOUT_S`.
+        """
+        self.tokens.extend(tokens)
+        self._phases.extend([phase] * len(tokens))
+        self._candidates = None
+        self._progress_at_s = self._clock.monotonic_s()
+        while self._received < len(self.tokens):
+            if self._in_trouble():
+                await self._repair()
+            await self._feed()
+            if not self._in_trouble() and self._received < len(self.tokens):
+                await self._sleep_until_woken()
+        assert self._candidates is not None
+        return self._candidates
+
+    def close(self) -> None:
+        """Free the session everywhere. Idempotent."""
+        for hop in self.hops:
+            self._peers.post(hop.address.node, Frame(CloseSession(session=self.session)))
+        self.hops = ()
+
+    def nodes(self) -> tuple[NodeId, ...]:
+        return tuple(hop.address.node for hop in self.hops)
+
+    # --- what arrives --------------------------------------------------------------------------
+
+    def on_frame(self, peer: NodeId, frame: Frame) -> None:
+        """A frame about this session. Only stages of the present chain are believed."""
+        header = frame.header
+        if isinstance(header, Result):
+            if self.hops and peer == self.hops[-1].address.node and header.epoch == self._epoch:
+                self._on_result(header, frame.payload)
+        elif isinstance(header, StageState | Refused):
+            if header.epoch == self._epoch:
+                self._states[peer] = header
+                self._wake_up()
+        elif isinstance(header, Fault) and peer in self.nodes():
+            # `leaving` and its like are about the sender; otherwise the sender says whom it suspects.
+            suspect = peer if header.suspect is None else header.suspect
+            if header.epoch == self._epoch or header.code in ("leaving", "engine_lost"):
+                avoid_s = AVOID_ENGINE_S if header.code == "engine_lost" else AVOID_S
+                self.in_trouble(f"{header.code}: {header.message}", suspect, avoid_s)
+
+    def in_trouble(self, reason: str, suspect: NodeId | None, avoid_s: float = AVOID_S) -> None:
+        """Note that the chain needs repair, and whom to avoid."""
+        if suspect is not None:
+            self._avoid_until_s[suspect] = self._clock.monotonic_s() + avoid_s
+        self._trouble = self._trouble or reason
+        self.broken = True
+        self._wake_up()
+
+    def _in_trouble(self) -> bool:
+        return self._trouble is not None
+
+    def check_stall(self) -> None:
+        """Called at an interval: without progress on live links, ask the chain where it stands."""
+        waiting = self._received < len(self.tokens)
+        if waiting and self._clock.monotonic_s() - self._progress_at_s > STALL_TIMEOUT_S:
+            self._progress_at_s = self._clock.monotonic_s()
+            self.in_trouble(f"no progress for {STALL_TIMEOUT_S:.0f} s", None)
+
+    def _on_result(self, header: Result, payload: bytes | bytearray | memoryview) -> None:
+        end = header.position + header.count
+        if end <= self._received or end > len(self.tokens):
+            return
+        self._received = end
+        self._progress_at_s = self._clock.monotonic_s()
+        if end == len(self.tokens):
+            if header.logit_count == 0:
+                self.in_trouble("a result without the logits that were asked for", self.hops[-1].address.node)
+                return
+            self._candidates = _last_candidates(header, payload)
+        self._wake_up()
+
+    # --- feeding -------------------------------------------------------------------------------
+
+    async def _feed(self) -> None:
+        while self._fed < len(self.tokens) and self._fed - self._received < WINDOW_ROWS:
+            if self._in_trouble():
+                return
+            phase = self._phases[self._fed]
+            limit = min(self._fed + CHUNK_ROWS, len(self.tokens))
+            count = 1
+            while self._fed + count < limit and self._phases[self._fed + count] is phase:
+                count += 1
+            rows = Rows(
+                session=self.session,
+                epoch=self._epoch,
+                position=self._fed,
+                count=count,
+                phase=phase,
+                logits_from=len(self.tokens) - 1,
+                top_k=self.top_k,
+            )
+            payload = np.asarray(self.tokens[self._fed : self._fed + count], np.int32).tobytes()
+            self._fed += count
+            self._valid = max(self._valid, self._fed)
+            await self._send(self.hops[0].address, Frame(rows, payload))
+
+    async def _send(self, address: PeerAddress, frame: Frame) -> None:
+        if self._peers.post(address.node, frame):
+            return
+        try:
+            await self._peers.send(address, frame)
+        except FallowError as error:
+            self.in_trouble(f"{error.code}: {error.message}", address.node)
+
+    # --- opening and repairing -----------------------------------------------------------------
+
+    async def _repair(self) -> None:
+        """Find a chain again and let it flow. Raises `NoRoute` after `REPAIR_TIMEOUT_S`."""
+        started_s = self._clock.monotonic_s()
+        reason = self._trouble
+        self._on_event(f"session {self.session[:8]}: repairing after {reason}")
+        while True:
+            self._trouble = None
+            try:
+                await self._connect(keep=self._alive())
+            except (NoRoute, KvExhausted, StageRefused, BusTimeout, BusUnavailable) as error:
+                waited_s = self._clock.monotonic_s() - started_s
+                if waited_s > REPAIR_TIMEOUT_S:
+                    message = f"The chain broke ({reason}) and none was found in {waited_s:.0f} s: {error.message}"
+                    raise NoRoute(message) from error
+                await self._clock.sleep(REPAIR_RETRY_S)
+                continue
+            break
+        self.repairs += 1
+        self.broken = False
+        self._progress_at_s = self._clock.monotonic_s()
+        stall_s = self._progress_at_s - started_s
+        self._on_event(f"session {self.session[:8]}: repaired in {stall_s * 1000:.0f} ms over {self.describe()}")
+
+    def describe(self) -> str:
+        return " > ".join(f"{hop.address.node[:8]}{hop.span}" for hop in self.hops)
+
+    def _alive(self) -> tuple[Hop, ...]:
+        avoided = self._avoided()
+        return tuple(hop for hop in self.hops if hop.address.node not in avoided)
+
+    def _avoided(self) -> frozenset[NodeId]:
+        now_s = self._clock.monotonic_s()
+        return frozenset(node for node, until_s in self._avoid_until_s.items() if until_s > now_s)
+
+    async def _connect(self, keep: Sequence[Hop]) -> None:
+        """Route, open every stage, plan, and let rows flow."""
+        hops = await self._router.route(self.model, self.session, self.reserve_tokens, self._avoided(), keep)
+        for gone in set(self.nodes()) - {hop.address.node for hop in hops}:
+            self._peers.post(gone, Frame(CloseSession(session=self.session)))
+        for changed in self.hops:
+            if any(hop.address.node == changed.address.node and hop.span != changed.span for hop in hops):
+                self._peers.post(changed.address.node, Frame(CloseSession(session=self.session)))
+        self.hops = hops
+        self._epoch += 1
+        self._states = {}
+        states = await self._open_stages(hops)
+        plan = plan_recovery(
+            valid=self._valid, received=self._received, stages=[StagePosition(s.position, s.log_start) for s in states]
+        )
+        for index, (hop, stage) in enumerate(zip(hops, plan.stages, strict=True)):
+            flow = Flow(
+                session=self.session,
+                epoch=self._epoch,
+                previous=hops[index - 1].address.node if index else None,
+                next=hops[index + 1].address if index + 1 < len(hops) else None,
+                forward_from=stage.forward_from,
+                results_from=self._received,
+                rewind_to=stage.rewind_to,
+            )
+            await self._send(hop.address, Frame(flow))
+        self._fed = plan.feed_from
+
+    async def _open_stages(self, hops: Sequence[Hop]) -> list[StageState]:
+        """Every stage's state at this epoch. Raises `KvExhausted` or `StageRefused`, having noted whom to avoid."""
+        opening = [
+            OpenStage(
+                session=self.session,
+                epoch=self._epoch,
+                model=self.model,
+                span=hop.span,
+                reserve_tokens=self.reserve_tokens,
+            )
+            for hop in hops
+        ]
+        await asyncio.gather(*(self._send(hop.address, Frame(o)) for hop, o in zip(hops, opening, strict=True)))
+        deadline_s = self._clock.monotonic_s() + OPEN_TIMEOUT_S
+        while len(self._states) < len(hops) and self._trouble is None:
+            remaining_s = deadline_s - self._clock.monotonic_s()
+            if remaining_s <= 0:
+                break
+            await self._sleep_until_woken(remaining_s)
+        states: list[StageState] = []
+        for hop in hops:
+            node = hop.address.node
+            answer = self._states.get(node)
+            if isinstance(answer, StageState):
+                states.append(answer)
+                continue
+            if answer is None and self._trouble is not None:
+                continue
+            code = answer.code if answer is not None else "link_closed"
+            message = answer.message if answer is not None else f"{node[:8]} did not answer in {OPEN_TIMEOUT_S} s."
+            self.in_trouble(message, node)
+            if code == KvExhausted.code:
+                raise KvExhausted(message)
+            raise StageRefused(f"{node[:8]} refused: {message}", reason=code)
+        if self._trouble is not None:
+            raise StageRefused(f"The chain broke while it was opened: {self._trouble}", reason="link_closed")
+        return states
+
+    # --- waiting -------------------------------------------------------------------------------
+
+    def _wake_up(self) -> None:
+        if self._wake is not None and not self._wake.done():
+            self._wake.set_result(None)
+
+    async def _sleep_until_woken(self, timeout_s: float | None = None) -> None:
+        """Wait for the next frame or trouble. Handlers run on this loop, so nothing is missed in between."""
+        self._wake = asyncio.get_running_loop().create_future()
+        try:
+            if timeout_s is None:
+                await self._wake
+            else:
+                await asyncio.wait((self._wake,), timeout=timeout_s)
+        finally:
+            self._wake = None
+
+
+def _last_candidates(header: Result, payload: bytes | bytearray | memoryview) -> Candidates:
+    """The last row's distribution of a `Result`."""
+    if header.k is None:
+        logprobs = np.frombuffer(payload, np.float32).reshape(header.logit_count, -1)[-1]
+        return Candidates(np.arange(len(logprobs), dtype=np.int32), logprobs, complete=True)
+    size = header.logit_count * header.k
+    ids = np.frombuffer(payload, np.int32, size).reshape(header.logit_count, header.k)[-1]
+    logprobs = np.frombuffer(payload, np.float32, size, offset=4 * size).reshape(header.logit_count, header.k)[-1]
+    return Candidates(ids, logprobs, complete=False)

@@ -1,0 +1,331 @@
+"""The fleet as a `TokenSource`: opens chains, keeps finished ones for follow-up turns, and tells chains of trouble.
+
+Rules
+- A finished conversation's cache stays on its devices, bounded in number and age, and only its own key may reuse it. A
+  follow-up turn takes the kept chain with the longest common prefix and recomputes only what is new.
+- Room on devices goes to live conversations: when a stage refuses for lack of it, the oldest kept chains go first.
+- What the coordinator believes about devices is a hint: a device reported gone is probed before its sessions move.
+"""
+
+import asyncio
+import logging
+import secrets
+from collections import deque
+from collections.abc import Callable, Coroutine, Sequence
+
+import msgspec
+
+from fallow.domain.clock import Clock
+from fallow.domain.errors import (
+    BusTimeout,
+    BusUnavailable,
+    ContextExceeded,
+    KvExhausted,
+    NoRoute,
+    StageRefused,
+    UnknownModel,
+)
+from fallow.domain.fleet import Catalogue, GatewayReport, Hop, NodeGone, RouteReply, RouteRequest, Subjects
+from fallow.domain.frames import Fault, Frame, Phase, Refused, Result, StageState
+from fallow.domain.ids import Digest, NodeId, SessionId
+from fallow.domain.model import Manifest
+from fallow.fabric.contract import Bus, Subscription
+from fallow.fabric.peers import Peers
+from fallow.gateway.chain import Chain, Router
+from fallow.gateway.contract import Candidates
+from fallow.models.store import Store
+from fallow.policy.prefix import common_prefix
+
+ROUTE_TIMEOUT_S = 2.0
+OPEN_ATTEMPTS_MAX = 6
+OPEN_RETRY_S = 0.25
+KEPT_CHAINS_MAX = 64
+KEPT_CHAIN_AGE_S = 300.0
+REUSE_TOKENS_MIN = 16
+"""Shorter common prefixes are not worth a kept chain."""
+PROBE_TIMEOUT_S = 0.3
+TICK_S = 1.0
+CATALOGUE_INTERVAL_S = 2.0
+EVENTS_MAX = 256
+
+log = logging.getLogger(__name__)
+
+
+class BusRouter:
+    """`Router` over the bus."""
+
+    def __init__(self, bus: Bus, subjects: Subjects, origin: NodeId) -> None:
+        self._bus = bus
+        self._subjects = subjects
+        self._origin = origin
+
+    async def route(
+        self, model: Digest, session: SessionId, reserve_tokens: int, exclude: frozenset[NodeId], keep: Sequence[Hop]
+    ) -> tuple[Hop, ...]:
+        request = RouteRequest(
+            model=model,
+            session=session,
+            reserve_tokens=reserve_tokens,
+            exclude=tuple(sorted(exclude)),
+            keep=tuple(keep),
+            origin=self._origin,
+        )
+        answer = await self._bus.request(self._subjects.route, msgspec.json.encode(request), ROUTE_TIMEOUT_S)
+        reply = msgspec.json.decode(answer, type=RouteReply)
+        if not reply.hops:
+            raise NoRoute(reply.error or "No devices that are here can serve this model.")
+        return reply.hops
+
+
+class FleetConversation:
+    """`Conversation` over a chain."""
+
+    def __init__(self, source: "FleetTokenSource", chain: Chain, owner: str, prompt: Sequence[int], kept: int) -> None:
+        self._source = source
+        self._prompt = prompt
+        self._closed = False
+        self.chain = chain
+        self.owner = owner
+        self.cached_tokens = kept
+
+    async def prefill(self) -> Candidates:
+        return await self.chain.advance(self._prompt[self.cached_tokens :], Phase.PREFILL)
+
+    async def decode(self, token: int) -> Candidates:
+        self._source.tokens_decoded += 1
+        return await self.chain.advance((token,), Phase.DECODE)
+
+    async def close(self, *, keep: bool) -> None:
+        if not self._closed:
+            self._closed = True
+            self._source.retire(self, keep=keep)
+
+
+class _Kept(msgspec.Struct):
+    """A finished conversation whose cache is still on its devices."""
+
+    chain: Chain
+    owner: str
+    since_s: float
+
+
+class FleetTokenSource:
+    """`TokenSource` over the fleet. Feed it every session frame and every lost peer."""
+
+    def __init__(
+        self, bus: Bus, peers: Peers, store: Store, clock: Clock, subjects: Subjects, origin: NodeId, url: str = ""
+    ) -> None:
+        self._bus = bus
+        self._peers = peers
+        self._store = store
+        self._clock = clock
+        self._subjects = subjects
+        self._origin = origin
+        self._url = url
+        self._router: Router = BusRouter(bus, subjects, origin)
+        self._manifests: dict[Digest, Manifest] = {}
+        self._live: dict[SessionId, Chain] = {}
+        self._kept: deque[_Kept] = deque()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._subscription: Subscription | None = None
+        self._tokens_at_report = 0
+        self.tokens_decoded = 0
+        self.repairs = 0
+        self.events: deque[str] = deque(maxlen=EVENTS_MAX)
+
+    async def start(self) -> None:
+        self._subscription = await self._bus.subscribe(self._subjects.gone, self._on_node_gone)
+        self._spawn(self._tick())
+        self._spawn(self._refresh_catalogue())
+
+    async def close(self) -> None:
+        if self._subscription is not None:
+            await self._subscription.cancel()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for chain in [*self._live.values(), *(kept.chain for kept in self._kept)]:
+            chain.close()
+
+    # --- TokenSource ---------------------------------------------------------------------------
+
+    def models(self) -> Sequence[Manifest]:
+        return tuple(self._manifests.values())
+
+    async def open(
+        self, model: Digest, prompt: Sequence[int], max_new_tokens: int, top_k: int | None, owner: str
+    ) -> FleetConversation:
+        manifest = self._manifests.get(model)
+        if manifest is None:
+            raise UnknownModel(f"No device serves the model {model[:12]} now.")
+        limit = manifest.config.context_length
+        total = len(prompt) + max_new_tokens
+        if not prompt or total > limit:
+            message = f"{len(prompt)} prompt and {max_new_tokens} completion tokens do not fit a context of {limit}."
+            raise ContextExceeded(message)
+        reused = await self._reuse(model, prompt, total, top_k, owner)
+        if reused is not None:
+            return reused
+        chain = Chain(
+            SessionId(secrets.token_hex(16)),
+            model,
+            total,
+            top_k,
+            self._peers,
+            self._router,
+            self._clock,
+            self._on_event,
+        )
+        await self._establish(chain)
+        return FleetConversation(self, chain, owner, prompt, kept=0)
+
+    async def _reuse(
+        self, model: Digest, prompt: Sequence[int], total: int, top_k: int | None, owner: str
+    ) -> FleetConversation | None:
+        """A kept chain that shares a prefix with the prompt, rewound to it."""
+        candidates = [k for k in self._kept if k.owner == owner and k.chain.model == model and not k.chain.broken]
+        # The last prompt token is always computed anew: its logits are wanted.
+        shared = {id(k): min(common_prefix(k.chain.tokens, prompt), len(prompt) - 1) for k in candidates}
+        best = max(candidates, key=lambda k: shared[id(k)], default=None)
+        if best is None or shared[id(best)] < REUSE_TOKENS_MIN:
+            return None
+        self._kept.remove(best)
+        chain = best.chain
+        chain.top_k = top_k
+        chain.reserve_tokens = max(chain.reserve_tokens, total)
+        self._live[chain.session] = chain
+        try:
+            await chain.establish(keep_tokens=shared[id(best)])
+        except BaseException as error:
+            self._drop(chain)
+            if isinstance(error, NoRoute | KvExhausted | StageRefused | BusTimeout | BusUnavailable):
+                return None
+            raise
+        return FleetConversation(self, chain, owner, prompt, kept=shared[id(best)])
+
+    async def _establish(self, chain: Chain) -> None:
+        self._live[chain.session] = chain
+        try:
+            for attempt in range(1, OPEN_ATTEMPTS_MAX + 1):
+                try:
+                    await chain.establish()
+                    return
+                except KvExhausted:
+                    if not self._free_oldest_kept() and attempt >= 2:
+                        raise
+                except (NoRoute, StageRefused, BusTimeout, BusUnavailable) as error:
+                    if attempt == OPEN_ATTEMPTS_MAX:
+                        raise NoRoute(f"No chain of devices could be opened: {error.message}") from error
+                    await self._clock.sleep(OPEN_RETRY_S)
+            raise NoRoute("No chain of devices has room at present.")
+        except BaseException:
+            self._drop(chain)
+            raise
+
+    # --- ends of conversations -----------------------------------------------------------------
+
+    def retire(self, conversation: FleetConversation, *, keep: bool) -> None:
+        """A conversation has ended; keep its chain for a follow-up turn, or free it everywhere."""
+        chain = conversation.chain
+        self._live.pop(chain.session, None)
+        self.repairs += chain.repairs
+        chain.repairs = 0
+        if not keep or chain.broken or not chain.hops:
+            chain.close()
+            return
+        self._kept.append(_Kept(chain, conversation.owner, self._clock.monotonic_s()))
+        while len(self._kept) > KEPT_CHAINS_MAX:
+            self._free_oldest_kept()
+
+    def _free_oldest_kept(self) -> bool:
+        if not self._kept:
+            return False
+        self._kept.popleft().chain.close()
+        return True
+
+    def _drop(self, chain: Chain) -> None:
+        self._live.pop(chain.session, None)
+        chain.close()
+
+    # --- what arrives --------------------------------------------------------------------------
+
+    def on_frame(self, peer: NodeId, frame: Frame) -> None:
+        """Frames of sessions; other kinds are not for gateways and are ignored."""
+        header = frame.header
+        if isinstance(header, Result | StageState | Refused | Fault):
+            chain = self._live.get(header.session)
+            if chain is not None:
+                chain.on_frame(peer, frame)
+            elif isinstance(header, Fault):
+                self._forget_kept(lambda chain: chain.session == header.session)
+
+    def on_lost(self, peer: NodeId, reason: str) -> None:
+        """A link is gone, and every chain over it is broken."""
+        for chain in list(self._live.values()):
+            if peer in chain.nodes():
+                chain.in_trouble(f"{peer[:8]} is gone ({reason})", peer)
+        self._forget_kept(lambda chain: peer in chain.nodes())
+
+    def _forget_kept(self, gone: Callable[[Chain], bool]) -> None:
+        for kept in [kept for kept in self._kept if gone(kept.chain)]:
+            self._kept.remove(kept)
+            kept.chain.close()
+
+    async def _on_node_gone(self, _subject: str, message: bytes) -> None:
+        gone = msgspec.json.decode(message, type=NodeGone)
+        in_use = any(gone.node in chain.nodes() for chain in self._live.values())
+        if in_use or any(gone.node in kept.chain.nodes() for kept in self._kept):
+            await self._peers.probe(gone.node, PROBE_TIMEOUT_S)
+
+    # --- housekeeping --------------------------------------------------------------------------
+
+    def _on_event(self, event: str) -> None:
+        log.info("%s", event)
+        self.events.append(event)
+
+    def _spawn(self, work: Coroutine[object, object, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _tick(self) -> None:
+        while True:
+            await self._clock.sleep(TICK_S)
+            now_s = self._clock.monotonic_s()
+            for chain in self._live.values():
+                chain.check_stall()
+            while self._kept and now_s - self._kept[0].since_s > KEPT_CHAIN_AGE_S:
+                self._free_oldest_kept()
+            await self._report()
+
+    async def _report(self) -> None:
+        rate = (self.tokens_decoded - self._tokens_at_report) / TICK_S
+        self._tokens_at_report = self.tokens_decoded
+        report = GatewayReport(
+            gateway=self._origin,
+            url=self._url,
+            sessions=len(self._live),
+            tokens_per_s=rate,
+            chains=tuple(chain.nodes() for chain in list(self._live.values())[:EVENTS_MAX]),
+        )
+        try:
+            await self._bus.publish(self._subjects.gateway, msgspec.json.encode(report))
+        except BusUnavailable:
+            log.debug("the bus is away; no report")
+
+    async def _refresh_catalogue(self) -> None:
+        while True:
+            try:
+                answer = await self._bus.request(self._subjects.catalogue, b"", ROUTE_TIMEOUT_S)
+                self._adopt(msgspec.json.decode(answer, type=Catalogue))
+            except (BusTimeout, BusUnavailable, msgspec.DecodeError) as error:
+                log.debug("no catalogue: %s", error)
+            await self._clock.sleep(CATALOGUE_INTERVAL_S if self._manifests else OPEN_RETRY_S)
+
+    def _adopt(self, catalogue: Catalogue) -> None:
+        """Serve what the catalogue names and the store holds; manifests are immutable, so each is read once."""
+        adopted: dict[Digest, Manifest] = {}
+        for entry in catalogue.models:
+            manifest = self._manifests.get(entry.model)
+            adopted[entry.model] = manifest if manifest is not None else self._store.manifest(entry.model)
+        self._manifests = adopted

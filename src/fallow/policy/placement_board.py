@@ -1,0 +1,317 @@
+"""The books of a placement being worked out: who holds what, who has room, and what may go to make room.
+
+Pure computation on a private copy. `placement.py` holds the rules that decide; this module knows sizes and counts.
+A model is held whole (one piece over all layers) or in pieces of its grid; a device never holds both of one model.
+"""
+
+from collections.abc import Sequence
+
+import msgspec
+
+from fallow.domain.ids import Digest, NodeId
+from fallow.domain.model import Span, StageSpec
+
+SCATTER_PENALTY = 1.5
+"""How much later a device may be done and still be preferred, when it extends a run instead of starting another."""
+
+
+class PlacementRules(msgspec.Struct, frozen=True, kw_only=True):
+    max_pieces: int = 6
+    """Pieces that a model is cut into; more only when it cannot be covered otherwise."""
+    max_share: float = 1.0
+    """No device holds more than this share of a model's layers."""
+    replicas: int = 2
+    """Devices that should hold each piece."""
+    context_tokens: int = 2048
+    """A device must have KV room for a session of so many tokens on what it holds of each model."""
+
+
+class ModelNeed(msgspec.Struct, frozen=True, kw_only=True):
+    """What a model takes."""
+
+    model: Digest
+    layer_bytes: tuple[int, ...]
+    embedding_bytes: int
+    head_bytes: int
+    """Including the embedding again when it is the head's matrix."""
+    kv_bytes_per_token_layer: int
+
+    @property
+    def layer_count(self) -> int:
+        return len(self.layer_bytes)
+
+    @property
+    def whole(self) -> Span:
+        return Span(0, self.layer_count)
+
+    @property
+    def whole_bytes(self) -> int:
+        return self.bytes_of(self.whole)
+
+    def bytes_of(self, piece: Span) -> int:
+        weights = sum(self.layer_bytes[piece.first : piece.last])
+        weights += self.embedding_bytes if piece.first == 0 else 0
+        return weights + (self.head_bytes if piece.last == self.layer_count else 0)
+
+
+class NodeRoom(msgspec.Struct, frozen=True, kw_only=True):
+    """What a device offers, and what it hosts or has been told to host."""
+
+    node: NodeId
+    weights_bytes: int
+    kv_bytes: int
+    layer_s: float
+    """Seconds that a layer takes for one row."""
+    hosted: tuple[StageSpec, ...] = ()
+    barred: frozenset[Digest] = frozenset()
+    """Models that it failed to load lately."""
+
+
+def grid_of(model: ModelNeed, size: int) -> tuple[Span, ...]:
+    """The model cut into `size` pieces of nearly equal layer counts."""
+    cuts = [round(index * model.layer_count / size) for index in range(size + 1)]
+    return tuple(Span(first, last) for first, last in zip(cuts, cuts[1:], strict=False))
+
+
+class Board:
+    """Who holds which pieces. Starts from what the nodes host, as far as it is lawful."""
+
+    def __init__(self, models: Sequence[ModelNeed], nodes: Sequence[NodeRoom], rules: PlacementRules) -> None:
+        self.models = models
+        self.nodes = nodes
+        self.rules = rules
+        self._order = {model.model: index for index, model in enumerate(models)}
+        self._need = {model.model: model for model in models}
+        self._abandoned: set[Digest] = set()
+        self._held: dict[NodeId, dict[Digest, set[Span]]] = {node.node: {} for node in nodes}
+        self._grid = {model.model: _grid_in_use(model, nodes, rules) for model in models}
+        for node in nodes:
+            for model in models:
+                self._adopt(node, model)
+
+    def _adopt(self, node: NodeRoom, model: ModelNeed) -> None:
+        lawful = (model.whole, *grid_of(model, self.grid_size(model)))
+        for stage in node.hosted:
+            for piece in stage.pieces if stage.model == model.model else ():
+                if piece in lawful and self._has_room(node, model, piece):
+                    self.put(node, model, piece)
+
+    def copy(self) -> "Board":
+        twin = Board.__new__(Board)
+        twin.__dict__.update(self.__dict__)
+        twin._abandoned = set(self._abandoned)
+        twin._grid = dict(self._grid)
+        twin._held = {node: {model: set(pieces) for model, pieces in held.items()} for node, held in self._held.items()}
+        return twin
+
+    # --- counts ---------------------------------------------------------------------------------
+
+    def grid_size(self, model: ModelNeed) -> int:
+        """Into how many pieces the model is cut now; 2 when nobody holds any."""
+        return self._grid[model.model]
+
+    def pieces(self, node: NodeRoom, model: ModelNeed) -> set[Span]:
+        return self._held[node.node].get(model.model, set())
+
+    def whole_holders(self, model: ModelNeed) -> int:
+        return sum(model.whole in self.pieces(node, model) for node in self.nodes)
+
+    def cut_holders(self, model: ModelNeed, piece: Span) -> int:
+        return sum(piece in self.pieces(node, model) for node in self.nodes)
+
+    def holders(self, model: ModelNeed, piece: Span) -> int:
+        """Devices that hold the piece, alone or as part of the whole."""
+        if piece != model.whole:
+            return self.whole_holders(model) + self.cut_holders(model, piece)
+        cut = min(self.cut_holders(model, part) for part in grid_of(model, self.grid_size(model)))
+        return self.whole_holders(model) + cut
+
+    def is_idle(self, node: NodeRoom) -> bool:
+        return not any(self._held[node.node].values())
+
+    # --- room -----------------------------------------------------------------------------------
+
+    def _has_room(
+        self, node: NodeRoom, model: ModelNeed, piece: Span, leaving: Sequence[tuple[Digest, Span]] = ()
+    ) -> bool:
+        """Whether a piece fits beside what is held, once `leaving` has left."""
+        if model.model in node.barred:
+            return False
+        weights, kv, layers = model.bytes_of(piece), self._kv(model, piece), piece.layer_count
+        for digest, pieces in self._held[node.node].items():
+            need = self._need[digest]
+            for held in pieces:
+                if (digest, held) in leaving:
+                    continue
+                if digest == model.model:
+                    if held.first < piece.last and piece.first < held.last:
+                        return False
+                    layers += held.layer_count
+                weights += need.bytes_of(held)
+                kv += self._kv(need, held)
+        share_max = int(self.rules.max_share * model.layer_count + 1e-9)
+        return weights <= node.weights_bytes and kv <= node.kv_bytes and layers <= share_max
+
+    def _kv(self, model: ModelNeed, piece: Span) -> int:
+        return piece.layer_count * model.kv_bytes_per_token_layer * self.rules.context_tokens
+
+    def fits(self, node: NodeRoom, model: ModelNeed, piece: Span) -> bool:
+        return self._has_room(node, model, piece)
+
+    def fits_whole(self, node: NodeRoom, model: ModelNeed) -> bool:
+        return self._has_room(node, model, model.whole, self._own(node, model))
+
+    def _own(self, node: NodeRoom, model: ModelNeed) -> list[tuple[Digest, Span]]:
+        return [(model.model, piece) for piece in self.pieces(node, model)]
+
+    def _may_go(self, digest: Digest, piece: Span, for_model: ModelNeed, copy: int) -> bool:
+        """Whether a piece may be given up so that `for_model` gets its `copy`th copy of something."""
+        if digest in self._abandoned:
+            return True
+        need = self._need[digest]
+        count = self.holders(need, piece)
+        if digest == for_model.model:
+            return False
+        if copy == 1:
+            return count > 1 or self._order[digest] > self._order[for_model.model]
+        return count > self.rules.replicas
+
+    def _evictions(self, node: NodeRoom, model: ModelNeed, piece: Span, copy: int) -> list[tuple[Digest, Span]] | None:
+        """What must go so that a piece fits: as few as possible, from the catalogue's end; `None` when it cannot."""
+        leaving = self._own(node, model) if piece == model.whole else []
+        if self._has_room(node, model, piece, leaving):
+            return leaving
+        candidates = [
+            (digest, held)
+            for digest, pieces in self._held[node.node].items()
+            for held in pieces
+            if self._may_go(digest, held, model, copy)
+        ]
+        candidates.sort(key=lambda item: (item[0] not in self._abandoned, -self._order[item[0]], item[1]))
+        for item in candidates:
+            leaving = [*leaving, item]
+            if self._has_room(node, model, piece, leaving):
+                return leaving
+        return None
+
+    # --- moves ----------------------------------------------------------------------------------
+
+    def put(self, node: NodeRoom, model: ModelNeed, piece: Span) -> None:
+        self._held[node.node].setdefault(model.model, set()).add(piece)
+
+    def _take(self, node: NodeRoom, digest: Digest, piece: Span) -> None:
+        self._held[node.node][digest].discard(piece)
+
+    def best_whole_node(self, model: ModelNeed, copy: int) -> NodeRoom | None:
+        """The fastest device that the whole model fits, one where nothing of other models must go if there is any."""
+        offers: list[tuple[int, float, NodeId, NodeRoom]] = []
+        for node in self.nodes:
+            if model.whole in self.pieces(node, model):
+                continue
+            leaving = self._evictions(node, model, model.whole, copy)
+            if leaving is not None:
+                others = sum(digest != model.model for digest, _ in leaving)
+                offers.append((others, node.layer_s, node.node, node))
+        return min(offers, key=lambda offer: offer[:3])[3] if offers else None
+
+    def put_whole(self, node: NodeRoom, model: ModelNeed, copy: int) -> None:
+        for digest, piece in self._evictions(node, model, model.whole, copy) or ():
+            self._take(node, digest, piece)
+        self.put(node, model, model.whole)
+
+    def put_best(self, model: ModelNeed, wanted: Sequence[Span], copy: int) -> bool:
+        """Place one of the wanted pieces on the device that would be done soonest. False when none has room."""
+        best: tuple[tuple[int, float, Span, NodeId], NodeRoom, Span, list[tuple[Digest, Span]]] | None = None
+        for node in self.nodes:
+            mine = self.pieces(node, model)
+            busy = sum(piece.layer_count for pieces in self._held[node.node].values() for piece in pieces)
+            for piece in wanted:
+                leaving = self._evictions(node, model, piece, copy) if piece not in mine else None
+                if leaving is None:
+                    continue
+                done_s = (busy + piece.layer_count) * node.layer_s
+                if mine and not any(held.last == piece.first or piece.last == held.first for held in mine):
+                    done_s *= SCATTER_PENALTY
+                key = (len(leaving), done_s, piece, node.node)
+                if best is None or key < best[0]:
+                    best = (key, node, piece, leaving)
+        if best is None:
+            return False
+        _, node, piece, leaving = best
+        for digest, gone in leaving:
+            self._take(node, digest, gone)
+        self.put(node, model, piece)
+        return True
+
+    def make_room(self, model: ModelNeed, piece: Span, copy: int) -> bool:
+        """Place a piece by moving others to where they fit, with as few moves as possible."""
+        pieces_total = sum(len(pieces) for held in self._held.values() for pieces in held.values())
+        for moves in range(1, min(self.rules.max_pieces, pieces_total) + 1):
+            if self._move(model, piece, copy, moves, {(model.model, piece)}):
+                return True
+        return False
+
+    def _move(self, model: ModelNeed, piece: Span, copy: int, moves: int, seen: set[tuple[Digest, Span]]) -> bool:
+        for node in self.nodes:
+            for digest, out in sorted(
+                (digest, held) for digest, pieces in self._held[node.node].items() for held in pieces
+            ):
+                need = self._need[digest]
+                if (digest, out) in seen or out == need.whole or piece in self.pieces(node, model):
+                    continue
+                if not self._has_room(node, model, piece, [(digest, out)]):
+                    continue
+                self._take(node, digest, out)
+                self.put(node, model, piece)
+                if self._rehomed(need, out, copy, node) or (
+                    moves > 1 and self._move(need, out, copy, moves - 1, seen | {(digest, out)})
+                ):
+                    return True
+                self._take(node, model.model, piece)
+                self.put(node, need, out)
+        return False
+
+    def _rehomed(self, model: ModelNeed, piece: Span, copy: int, was: NodeRoom) -> bool:
+        """Place a piece that was moved away on a device that has room; nothing to do when copies enough remain."""
+        if self.holders(model, piece) >= max(copy, 1):
+            return True
+        offers = [
+            node
+            for node in self.nodes
+            if node.node != was.node and piece not in self.pieces(node, model) and self.fits(node, model, piece)
+        ]
+        if offers:
+            self.put(min(offers, key=lambda node: (node.layer_s, node.node)), model, piece)
+        return bool(offers)
+
+    def keep_only_grid(self, model: ModelNeed, size: int) -> None:
+        """Cut the model `size` times from now on; pieces of another grid go."""
+        self._grid[model.model] = size
+        lawful = {model.whole, *grid_of(model, size)}
+        for held in self._held.values():
+            held[model.model] = held.get(model.model, set()) & lawful
+
+    def abandon(self, model: ModelNeed) -> None:
+        """The model cannot be served: what is left of it stays only where nobody needs the room."""
+        self._abandoned.add(model.model)
+
+    # --- results --------------------------------------------------------------------------------
+
+    def stages(self) -> dict[NodeId, tuple[StageSpec, ...]]:
+        return {
+            node.node: tuple(
+                StageSpec(model=model.model, pieces=tuple(sorted(self.pieces(node, model))))
+                for model in self.models
+                if self.pieces(node, model)
+            )
+            for node in self.nodes
+        }
+
+
+def _grid_in_use(model: ModelNeed, nodes: Sequence[NodeRoom], rules: PlacementRules) -> int:
+    """The grid that most of the held pieces belong to; the coarsest when several or none."""
+    held = [piece for node in nodes for stage in node.hosted if stage.model == model.model for piece in stage.pieces]
+    if not held:
+        return min(2, model.layer_count)
+    sizes = range(2, model.layer_count + 1)
+    return max(sizes, key=lambda size: (sum(p in grid_of(model, size) for p in held), -size), default=1)

@@ -1,0 +1,266 @@
+"""Which chain serves a session. Pure.
+
+A *carrier* is a node with the pieces of one model that are ready on it. A chain covers the layers from the first to
+the last exactly once; each hop takes a run of adjacent pieces of one carrier, and a carrier appears at most once.
+
+Rules
+- The cheapest chain wins: the sum over its hops of compute, half a round trip to the next hop, and a fixed overhead
+  that makes the chain with fewer hops win when two are nearly as good.
+- Compute is what a layer takes when a call carries this session's row beside those of the sessions that are on the
+  carrier already. Sessions therefore spread over equal devices and fill fast ones first.
+- A hop needs KV room for the session's whole reservation; nothing is overcommitted.
+- For a repair, kept hops stay exactly as they are and only the gaps are filled. Where the gaps cannot be filled so, a
+  fresh chain is chosen, which may use the kept hops' devices in any way.
+
+The search is Dijkstra's over (layers covered, carrier), whose labels also hold the carriers used so far, because a
+carrier with separate runs could otherwise come twice: a label is dropped only for a cheaper one that has used up no
+other carrier (label dominance for elementary shortest paths: Feillet et al. 2004). It is exact as long as at most
+`carriers_per_piece_max` carriers start at an edge; beyond that, the best ones are considered.
+"""
+
+import heapq
+from collections.abc import Iterable, Sequence
+
+import msgspec
+
+from fallow.domain.fleet import Hop, RouteReply, RouteRequest, Speed
+from fallow.domain.frames import PeerAddress
+from fallow.domain.ids import NodeId
+from fallow.domain.model import Span, StageSpec
+
+RTT_MAX_S = 60.0
+
+
+class RoutingRules(msgspec.Struct, frozen=True, kw_only=True):
+    hop_overhead_s: float = 0.001
+    rtt_unknown_s: float = 0.002
+    layer_unknown_s: float = 0.001
+    carriers_per_piece_max: int = 8
+    labels_max: int = 20_000
+    """Search steps after which carriers used so far are no longer told apart: bounded time before the last per cent."""
+
+
+class ModelShape(msgspec.Struct, frozen=True, kw_only=True):
+    """What routing must know of a model."""
+
+    layer_count: int
+    kv_bytes_per_token_layer: int
+    head_layers: float = 0.0
+    """What the head costs, counted in layers."""
+
+
+class Carrier(msgspec.Struct, frozen=True, kw_only=True):
+    """A node and the pieces of the model in question that are ready on it."""
+
+    address: PeerAddress
+    stage: StageSpec
+    speed: Speed | None = None
+    sessions: int = 0
+    kv_free_bytes: int = 0
+    link_rtt_s: dict[NodeId, float] = {}
+
+    @property
+    def node(self) -> NodeId:
+        return self.address.node
+
+
+def layer_s(speed: Speed | None, rows: int, unknown_s: float) -> float:
+    """Seconds that a layer takes for a call of `rows` rows: the measured points joined by lines, then proportional."""
+    if speed is None:
+        return unknown_s * (1 + 0.2 * (rows - 1))
+    if rows <= 4:
+        return speed.layer_s_1 + (speed.layer_s_4 - speed.layer_s_1) * (rows - 1) / 3
+    if rows <= 8:
+        return speed.layer_s_4 + (speed.layer_s_8 - speed.layer_s_4) * (rows - 4) / 4
+    return speed.layer_s_8 * rows / 8
+
+
+def compute_s(carrier: Carrier, span: Span, shape: ModelShape, rules: RoutingRules) -> float:
+    """Seconds that a span takes on a carrier as loaded as it is."""
+    layers = span.layer_count + (shape.head_layers if span.last == shape.layer_count else 0.0)
+    return layers * max(layer_s(carrier.speed, carrier.sessions + 1, rules.layer_unknown_s), 0.0)
+
+
+def rtt_s(one: Carrier, other: Carrier, rules: RoutingRules) -> float:
+    """The round trip between two carriers as either of them measured it."""
+    seen = [
+        rtt
+        for rtt in (one.link_rtt_s.get(other.node), other.link_rtt_s.get(one.node))
+        if rtt is not None and 0 <= rtt <= RTT_MAX_S
+    ]
+    return min(seen, default=rules.rtt_unknown_s)
+
+
+def hop_s(
+    before: Carrier | None, carrier: Carrier, span: Span, shape: ModelShape, origin: NodeId | None, rules: RoutingRules
+) -> float:
+    """What adding a hop costs: its compute, the way to it, and, after the last one, the way back to the gateway."""
+    cost = rules.hop_overhead_s + compute_s(carrier, span, shape, rules)
+    to_origin = rules.rtt_unknown_s if origin is None else carrier.link_rtt_s.get(origin, rules.rtt_unknown_s)
+    cost += (to_origin if before is None else rtt_s(before, carrier, rules)) / 2
+    return cost + to_origin / 2 if span.last == shape.layer_count else cost
+
+
+def route(
+    request: RouteRequest, shape: ModelShape, carriers: Sequence[Carrier], rules: RoutingRules | None = None
+) -> RouteReply:
+    """The cheapest chain for a session, or why there is none."""
+    rules = rules or RoutingRules()
+    usable = [carrier for carrier in carriers if carrier.node not in request.exclude]
+    if request.keep and _consistent(request, shape):
+        repaired = _search(request, shape, usable, request.keep, rules)
+        if repaired is not None:
+            return RouteReply(hops=repaired)
+    hops = _search(request, shape, usable, (), rules)
+    return RouteReply(hops=hops) if hops is not None else RouteReply(error=_why_not(request, shape, usable))
+
+
+def _consistent(request: RouteRequest, shape: ModelShape) -> bool:
+    """Whether the hops to keep are in order, apart, inside the model, and none of them excluded or twice."""
+    edge = 0
+    for hop in request.keep:
+        if hop.span.first < edge or hop.span.layer_count <= 0:
+            return False
+        edge = hop.span.last
+    nodes = [hop.address.node for hop in request.keep]
+    return edge <= shape.layer_count and len(set(nodes)) == len(nodes) and not set(nodes) & set(request.exclude)
+
+
+def _search(
+    request: RouteRequest,
+    shape: ModelShape,
+    carriers: Sequence[Carrier],
+    keep: Sequence[Hop],
+    rules: RoutingRules,
+) -> tuple[Hop, ...] | None:
+    kept_nodes = {hop.address.node for hop in keep}
+    by_node = {carrier.node: carrier for carrier in carriers}
+    forced: dict[int, tuple[Carrier, list[Span]]] = {
+        hop.span.first: (by_node.get(hop.address.node, _unheard(hop, request)), [hop.span]) for hop in keep
+    }
+    free = _spans_by_start(
+        [carrier for carrier in carriers if carrier.node not in kept_nodes], request, shape, sorted(forced), rules
+    )
+    start_max = {
+        carrier.node: max((span.first for span in carrier.stage.pieces), default=0) for carrier in by_node.values()
+    }
+    heap: list[tuple[float, int, int, int, tuple[tuple[Carrier, Span], ...]]] = [(0.0, 0, 0, 0, ())]
+    settled: dict[tuple[int, NodeId | None], list[frozenset[NodeId]]] = {}
+    pushed = popped = 0
+    while heap:
+        cost, hop_count, _, edge, path = heapq.heappop(heap)
+        if edge == shape.layer_count:
+            return tuple(Hop(address=carrier.address, span=span) for carrier, span in path)
+        popped += 1
+        used = frozenset(carrier.node for carrier, _ in path)
+        still_matters = frozenset(node for node in used if start_max.get(node, 0) >= edge)
+        last = path[-1][0] if path else None
+        known = settled.setdefault((edge, last.node if last else None), [])
+        if any(earlier <= still_matters for earlier in known) or (known and popped > rules.labels_max):
+            continue
+        known.append(still_matters)
+        options: Iterable[tuple[Carrier, list[Span]]] = [forced[edge]] if edge in forced else free.get(edge, ())
+        for carrier, spans in options:
+            if carrier.node in used:
+                continue
+            for span in spans:
+                pushed += 1
+                total = cost + hop_s(last, carrier, span, shape, request.origin, rules)
+                heapq.heappush(heap, (total, hop_count + 1, pushed, span.last, (*path, (carrier, span))))
+    return None
+
+
+def _unheard(hop: Hop, request: RouteRequest) -> Carrier:
+    """A kept hop's device that has not been heard of, for example just after the coordinator started."""
+    return Carrier(address=hop.address, stage=StageSpec(model=request.model, pieces=(hop.span,)))
+
+
+def _spans_by_start(
+    carriers: Sequence[Carrier], request: RouteRequest, shape: ModelShape, walls: Sequence[int], rules: RoutingRules
+) -> dict[int, list[tuple[Carrier, list[Span]]]]:
+    """For every edge, the carriers that can go on from there and how far; no span runs through the start of a kept
+    hop, and only what the KV room allows is offered."""
+    found: dict[int, list[tuple[float, NodeId, Carrier, list[Span]]]] = {}
+    for carrier in carriers:
+        for start in {piece.first for piece in carrier.stage.pieces}:
+            wall = next((wall for wall in walls if wall > start), shape.layer_count)
+            spans = [
+                span
+                for span in _runs_from(carrier.stage, start)
+                if span.last <= wall and kv_bytes(span, request.reserve_tokens, shape) <= carrier.kv_free_bytes
+            ]
+            if spans:
+                price = compute_s(carrier, Span(0, 1), shape, rules) + rules.hop_overhead_s / spans[-1].layer_count
+                found.setdefault(start, []).append((price, carrier.node, carrier, spans))
+    return {
+        start: [(carrier, spans) for _, _, carrier, spans in sorted(offers)[: rules.carriers_per_piece_max]]
+        for start, offers in found.items()
+    }
+
+
+def _runs_from(stage: StageSpec, start: int) -> list[Span]:
+    """Every run of adjacent pieces that starts at `start`, shortest first."""
+    runs: list[Span] = []
+    edge = start
+    for piece in stage.pieces:
+        if piece.first == edge:
+            edge = piece.last
+            runs.append(Span(start, edge))
+    return runs
+
+
+def kv_bytes(span: Span, tokens: int, shape: ModelShape) -> int:
+    """KV room that a session of so many tokens takes on a span."""
+    return span.layer_count * shape.kv_bytes_per_token_layer * tokens
+
+
+def covered(layer_count: int, stages: Iterable[StageSpec]) -> list[bool]:
+    """For each layer, whether any of the stages holds it."""
+    held = [False] * layer_count
+    for stage in stages:
+        for piece in stage.pieces:
+            for layer in range(max(piece.first, 0), min(piece.last, layer_count)):
+                held[layer] = True
+    return held
+
+
+def spans_where(flags: Sequence[bool]) -> list[Span]:
+    """The runs of layers whose flag is set."""
+    runs: list[Span] = []
+    for layer, flag in enumerate(flags):
+        if not flag:
+            continue
+        if runs and runs[-1].last == layer:
+            runs[-1] = Span(runs[-1].first, layer + 1)
+        else:
+            runs.append(Span(layer, layer + 1))
+    return runs
+
+
+def _why_not(request: RouteRequest, shape: ModelShape, carriers: Sequence[Carrier]) -> str:
+    without = f" ({len(request.exclude)} left out after failures)" if request.exclude else ""
+    missing = spans_where([not held for held in covered(shape.layer_count, (item.stage for item in carriers))])
+    if missing:
+        return f"no device that is ready{without} holds layers {_names(missing)} of {shape.layer_count}"
+    roomy = [
+        StageSpec(model=item.stage.model, pieces=tuple(
+            piece
+            for piece in item.stage.pieces
+            if kv_bytes(piece, request.reserve_tokens, shape) <= item.kv_free_bytes
+        ))
+        for item in carriers
+    ]  # fmt: skip
+    full = spans_where([not held for held in covered(shape.layer_count, roomy)])
+    if full:
+        return (
+            f"the devices{without} that hold layers {_names(full)} have no room for another session of "
+            f"{request.reserve_tokens} tokens at present"
+        )
+    return (
+        f"the {len(carriers)} devices that are ready{without} hold every layer, but no chain of them uses each device "
+        "once and has room on every hop"
+    )
+
+
+def _names(spans: Sequence[Span]) -> str:
+    return ", ".join(f"{span.first}-{span.last - 1}" for span in spans)
