@@ -166,7 +166,9 @@ def _number(what: str, value: float, least: float, most: float) -> None:
 
 
 def _text(what: str, value: str, chars_max: int) -> None:
-    _require(len(value) <= chars_max and value.isprintable(), f"{what} of up to {chars_max} printable characters", value)
+    _require(
+        len(value) <= chars_max and value.isprintable(), f"{what} of up to {chars_max} printable characters", value
+    )
 
 
 def _require(holds: bool, expected: str, came: str) -> None:

@@ -14,7 +14,7 @@ from typing import Final
 
 import msgspec
 
-from fallow.domain.errors import BusTimeout, BusUnavailable, FabricError
+from fallow.domain.errors import BusMessageError, BusTimeout, BusUnavailable
 from fallow.fabric.contract import MAX_BUS_MESSAGE_BYTES, BusHandler
 
 PENDING_MESSAGES_MAX: Final = 65_536
@@ -148,7 +148,7 @@ class MemoryBus:
         if not self._open:
             raise BusUnavailable("this connection to the control bus is closed")
         if len(message) > MAX_BUS_MESSAGE_BYTES:
-            raise FabricError(f"bus message too large: at most {MAX_BUS_MESSAGE_BYTES} bytes, got {len(message)}")
+            raise BusMessageError(f"bus message too large: at most {MAX_BUS_MESSAGE_BYTES} bytes, got {len(message)}")
 
 
 class MemorySubscription:

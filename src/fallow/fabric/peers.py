@@ -145,7 +145,8 @@ class Peers:
             # Shielded: others may wait for the same attempt.
             return await asyncio.shield(dial)
         except asyncio.CancelledError:
-            if dial.cancelled():
+            ours = asyncio.current_task()
+            if dial.cancelled() and not (ours is not None and ours.cancelling()):
                 raise LinkClosed("this side is closing its links") from None
             raise
 

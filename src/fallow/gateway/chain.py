@@ -124,6 +124,8 @@ class Chain:
         self._phases = self._phases[:keep_tokens]
         self._fed = self._valid = self._received = keep_tokens
         self._candidates = None
+        self._trouble = None
+        self.broken = False
         await self._connect(keep=self.hops if keep_tokens else ())
 
     async def advance(self, tokens: Sequence[int], phase: Phase) -> Candidates:
@@ -143,7 +145,10 @@ class Chain:
             await self._feed()
             if not self._in_trouble() and self._received < len(self.tokens):
                 await self._sleep_until_woken()
-        assert self._candidates is not None
+        return self._newest()
+
+    def _newest(self) -> Candidates:
+        assert self._candidates is not None, "results are complete, so the last one came with its logits"
         return self._candidates
 
     def close(self) -> None:
@@ -196,13 +201,13 @@ class Chain:
         end = header.position + header.count
         if end <= self._received or end > len(self.tokens):
             return
-        self._received = end
         self._progress_at_s = self._clock.monotonic_s()
         if end == len(self.tokens):
             if header.logit_count == 0:
                 self.in_trouble("a result without the logits that were asked for", self.hops[-1].address.node)
                 return
             self._candidates = _last_candidates(header, payload)
+        self._received = end
         self._wake_up()
 
     # --- feeding -------------------------------------------------------------------------------

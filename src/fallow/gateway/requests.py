@@ -54,7 +54,9 @@ def decode_request(body: bytes, kind: type[Request]) -> Request:
     except msgspec.ValidationError as error:
         message = str(error)
         path = _PATH.search(message)
-        raise BadRequest(f"The request is not valid: {message}.", (path[1] or None) if path else _missing(message)) from error
+        raise BadRequest(
+            f"The request is not valid: {message}.", (path[1] or None) if path else _missing(message)
+        ) from error
     except RecursionError as error:
         raise BadRequest("The request is nested too deeply.") from error
     except (msgspec.DecodeError, UnicodeDecodeError) as error:

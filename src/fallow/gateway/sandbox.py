@@ -19,8 +19,9 @@ from functools import wraps
 from typing import Any, cast
 
 from jinja2 import nodes, pass_context
+from jinja2.exceptions import SecurityError
 from jinja2.runtime import Context
-from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
 
@@ -115,7 +116,7 @@ class BudgetedEnvironment(ImmutableSandboxedEnvironment):
         self.pay(weigh(values))
         return "".join(str(value) for value in values)
 
-    def concat(self, pieces: Iterable[str]) -> str:  # type: ignore[override]
+    def concat(self, pieces: Iterable[str]) -> str:
         parts = list(pieces)
         self.pay(weigh(parts))
         return "".join(parts)
@@ -135,7 +136,7 @@ class BudgetedEnvironment(ImmutableSandboxedEnvironment):
 
         return checked
 
-    def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805
+    def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         owner = getattr(__obj, "__self__", None)
         if owner is __self:
             if __obj.__name__ == "tick":

@@ -55,7 +55,9 @@ class ChatTemplate:
         except (BudgetSpent, RecursionError, MemoryError) as error:
             raise ModelError(f"The model's chat template was stopped: {error}") from error
         except TemplateRejected as error:
-            raise BadRequest(f"The model's chat template refuses these messages: {error.message}", "messages") from error
+            raise BadRequest(
+                f"The model's chat template refuses these messages: {error.message}", "messages"
+            ) from error
         except Exception as error:  # a template can raise whatever its expressions raise
             raise BadRequest(f"The model's chat template cannot render these messages: {error}", "messages") from error
 
@@ -71,9 +73,7 @@ class ChatTemplate:
 
 
 def _environment(local_time: Callable[[], datetime]) -> BudgetedEnvironment:
-    environment = BudgetedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, loopcontrols]
-    )
+    environment = BudgetedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, loopcontrols])
     environment.add_filter("tojson", _tojson)
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = lambda pattern: local_time().strftime(pattern)
@@ -97,7 +97,7 @@ def _tojson(
 class _GenerationBlock(Extension):
     """`{% generation %}` marks the assistant's text for training; here it only passes it through."""
 
-    tags = {"generation"}
+    tags = {"generation"}  # noqa: RUF012 - Jinja declares it so
 
     def parse(self, parser: Parser) -> nodes.Node:
         lineno = next(parser.stream).lineno

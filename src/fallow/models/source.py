@@ -76,9 +76,9 @@ class SourceTensor:
 
     def vector(self) -> NDArray[np.float32]:
         """All of a one-dimensional tensor, float32 `[n]`."""
-        order = self._row_order
-        flat: NDArray[np.float32] = SourceTensor(self.name, self.kind, self.shape, self._raw.reshape(1, -1)).values(0, 1)[0]
-        return flat if order is None else flat[order]
+        one_row = SourceTensor(self.name, self.kind, self.shape, self._raw.reshape(1, -1))
+        flat: NDArray[np.float32] = one_row.values(0, 1)[0]
+        return flat if self._row_order is None else flat[self._row_order]
 
 
 def tensor_from_bytes(

@@ -104,11 +104,15 @@ def _replicated(board: Board, model: ModelNeed) -> Board:
     return board if cut is None else cut
 
 
+_Tried = dict[int, tuple[tuple[int, float, int], Board]]
+"""By grid size: holders of the thinnest piece, holders a piece, and minus the size; and the board it came to."""
+
+
 def _best_cut(board: Board, model: ModelNeed) -> Board | None:
     """The model's pieces handed out over the best grid, on a copy of the board; `None` when no grid covers it."""
     rules = board.rules
     sizes = range(2, min(rules.max_pieces, model.layer_count) + 1)
-    tried: dict[int, tuple[tuple[int, float, int], Board]] = {}
+    tried: _Tried = {}
     for size in sizes:
         _try_grid(board, model, size, tried)
     if not tried:
@@ -126,14 +130,12 @@ def _best_cut(board: Board, model: ModelNeed) -> Board | None:
     return _trial(board, model, best, copies=range(1, board.whole_holders(model) + 2))
 
 
-def _try_grid(
-    board: Board, model: ModelNeed, size: int, tried: dict[int, tuple[tuple[int, float, int], Board]]
-) -> bool:
+def _try_grid(board: Board, model: ModelNeed, size: int, tried: _Tried) -> bool:
     trial = _trial(board, model, size, copies=range(1, board.rules.replicas + 1))
     if trial is None:
         return False
     counts = [trial.holders(model, piece) for piece in grid_of(model, size)]
-    thinnest = min(min(counts), board.rules.replicas)
+    thinnest = min(*counts, board.rules.replicas)
     tried[size] = ((thinnest, round(sum(counts) / size, 2), -size), trial)
     return True
 

@@ -5,6 +5,7 @@ A model is held whole (one piece over all layers) or in pieces of its grid; a de
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import msgspec
 
@@ -70,7 +71,7 @@ class NodeRoom(msgspec.Struct, frozen=True, kw_only=True):
 def grid_of(model: ModelNeed, size: int) -> tuple[Span, ...]:
     """The model cut into `size` pieces of nearly equal layer counts."""
     cuts = [round(index * model.layer_count / size) for index in range(size + 1)]
-    return tuple(Span(first, last) for first, last in zip(cuts, cuts[1:], strict=False))
+    return tuple(Span(first, last) for first, last in pairwise(cuts))
 
 
 class Board:
@@ -135,8 +136,6 @@ class Board:
         self, node: NodeRoom, model: ModelNeed, piece: Span, leaving: Sequence[tuple[Digest, Span]] = ()
     ) -> bool:
         """Whether a piece fits beside what is held, once `leaving` has left."""
-        if model.model in node.barred:
-            return False
         weights, kv, layers = model.bytes_of(piece), self._kv(model, piece), piece.layer_count
         for digest, pieces in self._held[node.node].items():
             need = self._need[digest]
@@ -156,10 +155,10 @@ class Board:
         return piece.layer_count * model.kv_bytes_per_token_layer * self.rules.context_tokens
 
     def fits(self, node: NodeRoom, model: ModelNeed, piece: Span) -> bool:
-        return self._has_room(node, model, piece)
+        return model.model not in node.barred and self._has_room(node, model, piece)
 
     def fits_whole(self, node: NodeRoom, model: ModelNeed) -> bool:
-        return self._has_room(node, model, model.whole, self._own(node, model))
+        return model.model not in node.barred and self._has_room(node, model, model.whole, self._own(node, model))
 
     def _own(self, node: NodeRoom, model: ModelNeed) -> list[tuple[Digest, Span]]:
         return [(model.model, piece) for piece in self.pieces(node, model)]
@@ -178,6 +177,8 @@ class Board:
 
     def _evictions(self, node: NodeRoom, model: ModelNeed, piece: Span, copy: int) -> list[tuple[Digest, Span]] | None:
         """What must go so that a piece fits: as few as possible, from the catalogue's end; `None` when it cannot."""
+        if model.model in node.barred:
+            return None
         leaving = self._own(node, model) if piece == model.whole else []
         if self._has_room(node, model, piece, leaving):
             return leaving
@@ -259,7 +260,7 @@ class Board:
                 need = self._need[digest]
                 if (digest, out) in seen or out == need.whole or piece in self.pieces(node, model):
                     continue
-                if not self._has_room(node, model, piece, [(digest, out)]):
+                if model.model in node.barred or not self._has_room(node, model, piece, [(digest, out)]):
                     continue
                 self._take(node, digest, out)
                 self.put(node, model, piece)

@@ -74,9 +74,7 @@ def admit(usage: KeyUsage, limits: KeyLimits, now_s: float) -> Admitted | Refuse
         return Refused(usage, Limit.REQUESTS, (1.0 - usage.requests_left) * WINDOW_S / limits.requests_per_minute)
     if limits.tokens_per_minute is not None and usage.tokens_left <= 0.0:
         return Refused(usage, Limit.TOKENS, (1.0 - usage.tokens_left) * WINDOW_S / limits.tokens_per_minute)
-    return Admitted(
-        msgspec.structs.replace(usage, requests_left=usage.requests_left - 1.0, running=usage.running + 1)
-    )
+    return Admitted(msgspec.structs.replace(usage, requests_left=usage.requests_left - 1.0, running=usage.running + 1))
 
 
 def released(usage: KeyUsage, limits: KeyLimits, tokens: int, now_s: float) -> KeyUsage:

@@ -1,0 +1,254 @@
+"""Brings nodes to host what they should: works out the placement when it is due and sends the orders.
+
+Rules
+- Nothing is ordered in the first heartbeat interval after a start: a coordinator that has just started knows less than
+  the nodes do, and must not move what is fine.
+- Joins are awaited for a moment, so that devices that start together are placed together. A loss that leaves a layer
+  without a holder is acted on at once; one that only thins out copies waits, because the device may come back.
+- An order is sent until it is acknowledged, `ORDER_TRIES_MAX` times. A newer order for the same node and model replaces
+  it. What came of it shows in heartbeats; nothing is remembered beyond `asked_valid_s`.
+- A node that failed to load a model is not asked again for `failure_retry_s`.
+
+What goes where is decided in `policy/placement.py`, and in which order in `policy/placement_plan.py`.
+"""
+
+import asyncio
+import logging
+from collections.abc import Callable
+
+import msgspec
+
+from fallow.coordinator import registry
+from fallow.coordinator.registry import Fleet
+from fallow.domain.clock import Clock
+from fallow.domain.errors import FabricError
+from fallow.domain.fleet import Accepted, DropStage, Heartbeat, ModelEntry, NodeCommand, PlaceStage, Subjects
+from fallow.domain.ids import Digest, NodeId
+from fallow.domain.model import StageSpec
+from fallow.fabric.contract import Bus
+from fallow.policy.membership import MembershipRules, flapping
+from fallow.policy.placement import place
+from fallow.policy.placement_board import PlacementRules
+from fallow.policy.placement_plan import Move, NodeNow, plan
+from fallow.policy.routing import covered
+
+ORDER_TIMEOUT_S = 1.0
+ORDER_TRIES_MAX = 3
+SOURCES_MAX = 16
+
+log = logging.getLogger(__name__)
+
+
+class PlacerTimes(msgspec.Struct, frozen=True, kw_only=True):
+    """When a placement is due after what."""
+
+    join_settle_s: float = 0.5
+    join_settle_max_s: float = 2.0
+    loss_settle_s: float = 5.0
+    change_settle_s: float = 0.05
+    period_s: float = 10.0
+    asked_valid_s: float = 5.0
+    failure_retry_s: float = 30.0
+    orphan_grace_s: float = 30.0
+    """How long stages of models that no store announces are left alone after a start."""
+
+
+class Placer:
+    """The part of the coordinator that gives orders."""
+
+    def __init__(
+        self,
+        bus: Bus,
+        clock: Clock,
+        subjects: Subjects,
+        fleet: Callable[[], Fleet],
+        rules: PlacementRules,
+        membership: MembershipRules,
+        times: PlacerTimes,
+    ) -> None:
+        self._bus = bus
+        self._clock = clock
+        self._subjects = subjects
+        self._fleet = fleet
+        self._rules = rules
+        self._membership = membership
+        self._times = times
+        self._started_s = clock.monotonic_s()
+        self._due_s = self._started_s + membership.heartbeat_interval_s
+        self._joins_since_s: float | None = None
+        self._changed = asyncio.Event()
+        self._asked: dict[tuple[NodeId, Digest], tuple[StageSpec | None, float]] = {}
+        self._failed_s: dict[tuple[NodeId, Digest], float] = {}
+        self._orders: dict[tuple[NodeId, Digest], asyncio.Task[None]] = {}
+        self.unplaceable: dict[Digest, str] = {}
+
+    # --- what makes a placement due -------------------------------------------------------------
+
+    def on_join(self) -> None:
+        now_s = self._clock.monotonic_s()
+        if self._joins_since_s is None:
+            self._joins_since_s = now_s
+        due_s = min(now_s + self._times.join_settle_s, self._joins_since_s + self._times.join_settle_max_s)
+        self._due_s = max(due_s, self._started_s + self._membership.heartbeat_interval_s)
+        self._changed.set()
+
+    def on_loss(self) -> None:
+        self._due_in(0.0 if self._uncovered() else self._times.loss_settle_s)
+
+    def on_change(self) -> None:
+        """Something was loaded, failed, or the catalogue is another one."""
+        self._due_in(self._times.change_settle_s)
+
+    def on_heartbeat(self, before: Heartbeat | None, after: Heartbeat) -> None:
+        """Keep track of orders that were heard and of loads that failed."""
+        now_s = self._clock.monotonic_s()
+        for key, (stage, _) in list(self._asked.items()):
+            if key[0] == after.node and registry.asked_stage(after, key[1]) == stage:
+                del self._asked[key]
+        new_failures = registry.failed_models(after) - (registry.failed_models(before) if before else frozenset())
+        for model in new_failures:
+            self._failed_s[after.node, model] = now_s
+        if before is not None and (before.hosted, before.draining) != (after.hosted, after.draining):
+            statuses = [[(item.stage, item.status) for item in beat.hosted] for beat in (before, after)]
+            if statuses[0] != statuses[1] or before.draining != after.draining:
+                self.on_change()
+
+    def _due_in(self, delay_s: float) -> None:
+        earliest_s = self._started_s + self._membership.heartbeat_interval_s
+        self._due_s = max(min(self._due_s, self._clock.monotonic_s() + delay_s), earliest_s)
+        self._changed.set()
+
+    def _uncovered(self) -> bool:
+        fleet = self._fleet()
+        return any(not registry.servable(fleet, entry) for entry in fleet.entries().values())
+
+    # --- the loop -------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Place whenever it is due, until cancelled."""
+        try:
+            while True:
+                delay_s = self._due_s - self._clock.monotonic_s()
+                if delay_s > 0:
+                    await self._wait(delay_s)
+                    continue
+                self._joins_since_s = None
+                self._due_s = self._clock.monotonic_s() + self._times.period_s
+                try:
+                    self._place()
+                except Exception:
+                    log.exception("working out the placement failed; the next attempt is in %s s", self._times.period_s)
+        finally:
+            for order in self._orders.values():
+                order.cancel()
+            await asyncio.gather(*self._orders.values(), return_exceptions=True)
+
+    async def _wait(self, delay_s: float) -> None:
+        try:
+            async with asyncio.timeout(delay_s):
+                await self._changed.wait()
+        except TimeoutError:
+            return
+        self._changed.clear()
+
+    def _place(self) -> None:
+        now_s = self._clock.monotonic_s()
+        fleet = self._fleet()
+        entries = fleet.entries()
+        if not entries:
+            return
+        # The next failure that may be tried again must not wait for a whole period more.
+        self._failed_s = {
+            key: at_s for key, at_s in self._failed_s.items() if now_s - at_s < self._times.failure_retry_s
+        }
+        settled = [
+            member.heartbeat
+            for node, member in fleet.members.items()
+            if node in fleet.present()
+            and not member.heartbeat.draining
+            and not flapping(member, now_s, self._membership)
+        ]
+        asked = {beat.node: self._asked_of(beat, entries, now_s) for beat in settled}
+        rooms = [
+            registry.room_of(beat, asked[beat.node], entries, self._barred(beat.node, entries)) for beat in settled
+        ]
+        placement = place([registry.need_of(entry) for entry in entries.values()], rooms, self._rules)
+        if placement.unplaceable != self.unplaceable:
+            for model, reason in placement.unplaceable.items():
+                log.warning("model %s cannot be served: %s", entries[model].name, reason)
+        self.unplaceable = placement.unplaceable
+        nodes = [
+            NodeNow(node=beat.node, asked=asked[beat.node], ready=self._ready_of(beat, entries)) for beat in settled
+        ]
+        for move in plan(nodes, placement.stages):
+            self._order(move, entries.get(move.model))
+
+    def _asked_of(self, heartbeat: Heartbeat, entries: dict[Digest, ModelEntry], now_s: float) -> tuple[StageSpec, ...]:
+        """What a node has been asked to host: as it reports it, or as ordered a moment ago."""
+        models = {item.stage.model: None for item in heartbeat.hosted} | dict.fromkeys(entries)
+        stages: list[StageSpec] = []
+        for model in models:
+            ordered, at_s = self._asked.get((heartbeat.node, model), (None, -self._times.asked_valid_s))
+            stage = registry.asked_stage(heartbeat, model)
+            if (heartbeat.node, model) in self._asked and now_s - at_s < self._times.asked_valid_s:
+                stage = ordered
+            if stage is not None and (model in entries or self._orphans_may_go(now_s)):
+                stages.append(stage)
+        return tuple(stages)
+
+    def _ready_of(self, heartbeat: Heartbeat, entries: dict[Digest, ModelEntry]) -> tuple[StageSpec, ...]:
+        ready = (registry.ready_stage(heartbeat, model) for model in entries)
+        return tuple(item.stage for item in ready if item is not None)
+
+    def _barred(self, node: NodeId, entries: dict[Digest, ModelEntry]) -> frozenset[Digest]:
+        return frozenset(model for model in entries if (node, model) in self._failed_s)
+
+    def _orphans_may_go(self, now_s: float) -> bool:
+        return now_s - self._started_s > self._times.orphan_grace_s
+
+    # --- orders ---------------------------------------------------------------------------------
+
+    def _order(self, move: Move, entry: ModelEntry | None) -> None:
+        key = (move.node, move.model)
+        command: NodeCommand
+        if move.stage is None:
+            command = DropStage(model=move.model)
+        elif entry is not None:
+            sources = registry.sources_of(self._fleet(), move.model, move.node, SOURCES_MAX)
+            command = PlaceStage(stage=move.stage, manifest_bytes=entry.manifest_bytes, sources=sources)
+        else:
+            return
+        self._asked[key] = (move.stage, self._clock.monotonic_s())
+        older = self._orders.pop(key, None)
+        if older is not None:
+            older.cancel()
+        task = asyncio.get_running_loop().create_task(self._send(key, command))
+        self._orders[key] = task
+        task.add_done_callback(lambda done: self._orders.pop(key) if self._orders.get(key) is done else None)
+
+    async def _send(self, key: tuple[NodeId, Digest], command: NodeCommand) -> None:
+        node = key[0]
+        what = ", ".join(map(str, command.stage.pieces)) if isinstance(command, PlaceStage) else "nothing"
+        log.info("asking node %s to host %s of model %s", node[:8], what, key[1][:8])
+        message = msgspec.json.encode(command)
+        for attempt in range(ORDER_TRIES_MAX):
+            try:
+                reply = await self._bus.request(self._subjects.command(node), message, ORDER_TIMEOUT_S)
+                accepted = msgspec.json.decode(reply, type=Accepted)
+            except (FabricError, msgspec.MsgspecError) as error:
+                log.info("node %s did not take an order (%s), attempt %d", node[:8], error, attempt + 1)
+                await self._clock.sleep(ORDER_TIMEOUT_S / 4)
+                continue
+            if not accepted.ok:
+                log.warning("node %s refused to host %s: %s", node[:8], what, accepted.message)
+                self._failed_s[key] = self._clock.monotonic_s()
+                self._asked.pop(key, None)
+                self.on_change()
+            return
+        self._asked.pop(key, None)
+
+    def coverage(self, entry: ModelEntry) -> list[bool]:
+        """For each layer of a model, whether a node hosts it or is on the way to."""
+        fleet = self._fleet()
+        asked = (registry.asked_stage(beat, entry.model) for beat in fleet.present().values())
+        return covered(entry.config.layer_count, (stage for stage in asked if stage is not None))

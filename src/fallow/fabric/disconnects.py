@@ -1,0 +1,112 @@
+"""Tells when a process loses its bus connection, from the NATS server's own events.
+
+A kernel closes a killed process's sockets at once, so the server knows of a crash within milliseconds.
+
+Rules
+- Connections are told apart by the server's client id, which is never used twice: the late event of an old connection
+  does not report a client that is connected again under the same name.
+- Only the account that Fallow's parts use is watched. A client picks its own name, so a report is a hint to probe,
+  not a verdict.
+- After a server restart everybody reconnects; who does not is left to heartbeats.
+"""
+
+import logging
+from collections import deque
+from collections.abc import Callable
+from typing import Final
+
+import msgspec
+import nats.errors
+from nats.aio.client import Client
+from nats.aio.msg import Msg
+
+from fallow.domain.errors import BusUnavailable
+from fallow.fabric.broker import ACCOUNT
+from fallow.fabric.nats_bus import open_client
+
+CONNZ_TIMEOUT_S: Final = 2.0
+CONNECTIONS_MAX: Final = 4096
+GONE_IDS_MAX: Final = 4096
+"""Ids remembered as gone, so that an older snapshot does not revive them."""
+
+log = logging.getLogger(__name__)
+
+
+class _Client(msgspec.Struct):
+    id: int
+    name: str = ""
+
+
+class _Event(msgspec.Struct):
+    client: _Client
+    reason: str = ""
+
+
+class _Connection(msgspec.Struct):
+    cid: int
+    name: str = ""
+
+
+class _Connections(msgspec.Struct):
+    connections: list[_Connection] = []
+
+
+class _Snapshot(msgspec.Struct):
+    data: _Connections = msgspec.field(default_factory=_Connections)
+
+
+class NatsPresence:
+    """The `PresenceWatcher` over NATS. Needs the system account's url."""
+
+    def __init__(self, system_url: str) -> None:
+        self._system_url = system_url
+        self._client: Client | None = None
+        self._on_disconnect: Callable[[str, str], None] | None = None
+        self._names: dict[int, str] = {}
+        self._gone: deque[int] = deque(maxlen=GONE_IDS_MAX)
+
+    async def start(self, on_disconnect: Callable[[str, str], None]) -> None:
+        self._on_disconnect = on_disconnect
+        client = self._client = await open_client(self._system_url, "presence")
+        try:
+            await client.subscribe(f"$SYS.ACCOUNT.{ACCOUNT}.CONNECT", cb=self._connected)
+            await client.subscribe(f"$SYS.ACCOUNT.{ACCOUNT}.DISCONNECT", cb=self._disconnected)
+            await client.flush()
+            # Who was connected before we listened.
+            query = msgspec.json.encode({"limit": CONNECTIONS_MAX})
+            reply = await client.request(f"$SYS.REQ.ACCOUNT.{ACCOUNT}.CONNZ", query, timeout=CONNZ_TIMEOUT_S)
+        except nats.errors.Error as error:
+            await self.close()
+            raise BusUnavailable(f"cannot watch the control bus's connections: {error}") from None
+        for connection in msgspec.json.decode(reply.data, type=_Snapshot).data.connections:
+            if connection.cid not in self._gone:
+                self._names[connection.cid] = connection.name
+
+    async def close(self) -> None:
+        client, self._client = self._client, None
+        self._on_disconnect = None
+        if client is not None:
+            await client.close()
+
+    async def _connected(self, message: Msg) -> None:
+        event = msgspec.json.decode(message.data, type=_Event)
+        self._names[event.client.id] = event.client.name
+
+    async def _disconnected(self, message: Msg) -> None:
+        event = msgspec.json.decode(message.data, type=_Event)
+        self._names.pop(event.client.id, None)
+        self._gone.append(event.client.id)
+        name = event.client.name
+        if not name or name in self._names.values() or self._on_disconnect is None:
+            return
+        try:
+            self._on_disconnect(name, event.reason)
+        except Exception:
+            log.exception("handling the disconnection of %s failed", name)
+
+
+async def watch_disconnects(system_url: str, on_disconnect: Callable[[str, str], None]) -> NatsPresence:
+    """Call `on_disconnect(client_name, reason)` for every loss until the watcher is closed. Raises `BusUnavailable`."""
+    watcher = NatsPresence(system_url)
+    await watcher.start(on_disconnect)
+    return watcher

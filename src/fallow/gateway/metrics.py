@@ -1,0 +1,52 @@
+"""What the gateway measures, for Prometheus. No prompt, key or owner is ever a label.
+
+Each app has its own registry, so that several gateways in one process (tests, the simulator) do not mix.
+"""
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+FIRST_TOKEN_BUCKETS_S = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
+NEXT_TOKEN_BUCKETS_S = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 3.0, 10.0)
+
+
+class GatewayMetrics:
+    """Counters of one gateway. Also the `Observer` of its generations."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self.requests = Counter(
+            "fallow_http_requests", "Requests answered.", ("route", "status"), registry=self.registry
+        )
+        self.refusals = Counter(
+            "fallow_refusals", "Requests refused, by error code.", ("code",), registry=self.registry
+        )
+        self.disconnects = Counter(
+            "fallow_client_disconnects", "Answers that ended because the client hung up.", registry=self.registry
+        )
+        tokens = Counter("fallow_tokens", "Tokens, by kind.", ("kind",), registry=self.registry)
+        self.prompt_tokens = tokens.labels("prompt")
+        self.cached_tokens = tokens.labels("cached")
+        self.completion_tokens = tokens.labels("completion")
+        self.active = Gauge("fallow_active_choices", "Choices that are being generated.", registry=self.registry)
+        self._first = Histogram(
+            "fallow_first_token_seconds",
+            "From opening a conversation to its first token.",
+            buckets=FIRST_TOKEN_BUCKETS_S,
+            registry=self.registry,
+        )
+        self._next = Histogram(
+            "fallow_next_token_seconds",
+            "From one token to the next.",
+            buckets=NEXT_TOKEN_BUCKETS_S,
+            registry=self.registry,
+        )
+
+    def first_token(self, elapsed_s: float) -> None:
+        self._first.observe(elapsed_s)
+
+    def next_token(self, elapsed_s: float) -> None:
+        self._next.observe(elapsed_s)
+
+    def exposition(self) -> bytes:
+        """Prometheus' text format."""
+        return generate_latest(self.registry)

@@ -1,0 +1,64 @@
+"""What an engine computes next: decode windows, prefill chunks, whose turn it is, and when to move a cache. Pure.
+
+The attention kernel takes a batch of sessions only with one row each, in neighbouring slots. So ready decode steps run
+in *windows* of slots; a slot in a window whose session has nothing to do is a pad, computed for nothing. Costs are in
+units of one call of one row; measured on the default model, n rows cost `CALL_COST + n * ROW_COST`.
+"""
+
+from collections.abc import Sequence
+from enum import Enum
+
+import msgspec
+
+CALL_COST = 0.78
+ROW_COST = 0.22
+GAP_PADS_MAX = 3
+"""Pads that are cheaper than another call: `GAP_PADS_MAX * ROW_COST < CALL_COST`."""
+BUSY_CHUNK_ROWS = 32
+"""Rows of a prefill chunk while others decode: they wait a quarter of the time, at 10 % of the prefill's speed."""
+
+
+class Turn(Enum):
+    """What a worker does next."""
+
+    DECODE = "decode"
+    """One call for the next row of every session that has a decode step."""
+    PREFILL = "prefill"
+    """One chunk of one session."""
+    WAIT = "wait"
+
+
+class Window(msgspec.Struct, frozen=True):
+    """Slots `first` to `first + count`, computed in one call."""
+
+    first: int
+    count: int
+
+
+def next_turn(previous: Turn, decode_ready: int, prefill_ready: int) -> Turn:
+    """Decode goes first, and after every prefill chunk; prefill goes after every decode call, so that neither starves."""
+    if decode_ready and (previous is not Turn.DECODE or not prefill_ready):
+        return Turn.DECODE
+    return Turn.PREFILL if prefill_ready else Turn.WAIT
+
+
+def decode_windows(slots: Sequence[int], rows_max: int) -> tuple[Window, ...]:
+    """The cheapest windows of at most `rows_max` rows that cover `slots` (ascending, each once).
+
+    The cost is a sum over windows and pads, so every gap can be judged by itself.
+    """
+    windows: list[Window] = []
+    for slot in slots:
+        last = windows[-1] if windows else None
+        if last is not None:
+            gap = slot - (last.first + last.count)
+            if gap <= GAP_PADS_MAX and slot - last.first < rows_max:
+                windows[-1] = Window(last.first, slot - last.first + 1)
+                continue
+        windows.append(Window(slot, 1))
+    return tuple(windows)
+
+
+def chunk_rows(remaining: int, decoding: int, rows_max: int) -> int:
+    """Rows of the next prefill chunk: smaller while others decode, so that they wait less."""
+    return min(remaining, rows_max if decoding == 0 else min(BUSY_CHUNK_ROWS, rows_max))

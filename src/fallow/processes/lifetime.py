@@ -1,0 +1,67 @@
+"""How a process of ours ends: by signal, politely first, and never later than its supervisor.
+
+Rules
+- The first SIGTERM or SIGINT asks to leave politely, the second to stop at once.
+- A child of `fallow up` dies with it: the kernel is told where it can be (Linux), and the parent's id is watched
+  everywhere. Nobody is left working for a fleet that has been stopped.
+"""
+
+import asyncio
+import contextlib
+import ctypes
+import os
+import signal
+import sys
+from collections.abc import Awaitable
+from typing import Any, Final
+
+PARENT_CHECK_S: Final = 0.5
+_PR_SET_PDEATHSIG: Final = 1
+
+
+class Stop:
+    """What the signals have asked for so far. Make one inside the running loop."""
+
+    def __init__(self) -> None:
+        self.polite = asyncio.Event()
+        self.at_once = asyncio.Event()
+        self._watch: asyncio.Task[None] | None = None
+
+    def listen(self, parent_pid: int | None = None) -> None:
+        """Take the signals; with `parent_pid`, stop as well when that parent is gone."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self.ask)
+        if parent_pid is not None:
+            die_with_parent()
+            self._watch = loop.create_task(self._watch_parent(parent_pid))
+
+    def ask(self) -> None:
+        """One signal."""
+        (self.at_once if self.polite.is_set() else self.polite).set()
+
+    async def unless_at_once(self, work: Awaitable[Any], limit_s: float) -> bool:
+        """Do `work`, but give it up after `limit_s`, or at once when that is asked. Whether it was finished."""
+        task = asyncio.ensure_future(work)
+        hurry = asyncio.ensure_future(self.at_once.wait())
+        try:
+            await asyncio.wait({task, hurry}, timeout=limit_s, return_when=asyncio.FIRST_COMPLETED)
+            return task.done() and not task.cancelled() and task.exception() is None
+        finally:
+            hurry.cancel()
+            if not task.done():
+                task.cancel()
+            with contextlib.suppress(asyncio.CancelledError, Exception):
+                await task
+
+    async def _watch_parent(self, parent_pid: int) -> None:
+        while os.getppid() == parent_pid:
+            await asyncio.sleep(PARENT_CHECK_S)
+        self.polite.set()
+        self.at_once.set()
+
+
+def die_with_parent() -> None:
+    """Have the kernel send SIGKILL when the thread that started this process ends. Linux only."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

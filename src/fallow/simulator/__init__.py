@@ -1,0 +1,1 @@
+"""The real coordinator, agents and gateway on virtual time."""

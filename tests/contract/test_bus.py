@@ -1,0 +1,370 @@
+"""The `Bus` contract, on the in-memory bus and on NATS with a real server."""
+
+import asyncio
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+from tests.unit.fabric.support import eventually, node_id
+
+from fallow.domain.errors import BusMessageError, BusTimeout, BusUnavailable, ConfigError
+from fallow.fabric.broker import Broker, find_server
+from fallow.fabric.contract import MAX_BUS_MESSAGE_BYTES, Bus, PresenceWatcher
+from fallow.fabric.disconnects import NatsPresence
+from fallow.fabric.memory import MemoryFabric
+from fallow.fabric.nats_bus import NatsBus
+
+ADAPTERS = ["memory", "nats"]
+
+
+class Rig:
+    """One bus server, and what a test may do to it."""
+
+    def __init__(self, fabric: MemoryFabric | None, broker: Broker | None) -> None:
+        self.fabric, self.broker = fabric, broker
+        self.buses: list[Bus] = []
+
+    async def connect(self, name: str = "someone") -> Bus:
+        bus: Bus
+        if self.broker is not None:
+            bus = await NatsBus.connect(self.broker.urls, name)
+        else:
+            assert self.fabric is not None
+            bus = self.fabric.bus(name)
+        self.buses.append(bus)
+        return bus
+
+    def presence(self) -> PresenceWatcher:
+        if self.broker is not None:
+            return NatsPresence(self.broker.system_url)
+        assert self.fabric is not None
+        return self.fabric.presence()
+
+    async def restart(self) -> None:
+        """The server dies and comes back."""
+        if self.broker is not None:
+            assert self.broker.pid is not None
+            os.kill(self.broker.pid, signal.SIGKILL)
+        else:
+            assert self.fabric is not None
+            self.fabric.hub.stop()
+            asyncio.get_running_loop().call_later(0.1, self.fabric.hub.start)
+
+
+@asynccontextmanager
+async def rig(adapter: str, state: Path) -> AsyncIterator[Rig]:
+    broker = Broker(state / "broker") if adapter == "nats" else None
+    if broker is not None:
+        await broker.start()
+    made = Rig(MemoryFabric() if broker is None else None, broker)
+    try:
+        yield made
+    finally:
+        for bus in made.buses:
+            await bus.close()
+        if broker is not None:
+            await broker.close()
+
+
+def collect(into: list[tuple[str, bytes]]) -> Callable:  # type: ignore[type-arg]
+    async def handler(subject: str, message: bytes) -> None:
+        into.append((subject, message))
+
+    return handler
+
+
+pytestmark = pytest.mark.parametrize("adapter", ADAPTERS)
+
+
+def test_delivery_is_in_order_and_by_subject(adapter: str, tmp_path: Path) -> None:
+    async def main() -> None:
+        async with rig(adapter, tmp_path) as r:
+            a, b = await r.connect(), await r.connect()
+            exact: list[tuple[str, bytes]] = []
+            starred: list[tuple[str, bytes]] = []
+            await b.subscribe("cell.one.beat", collect(exact))
+            await b.subscribe("cell.*.beat", collect(starred))
+            for i in range(300):
+                await a.publish("cell.one.beat", b"%d" % i)
+            await a.publish("cell.two.beat", b"two")
+            await a.publish("cell.two.beat.deeper", b"no")
+            await a.publish("cell.one", b"no")
+            await eventually(lambda: len(starred) == 301 and len(exact) == 300)
+            assert exact == [("cell.one.beat", b"%d" % i) for i in range(300)]
+            assert starred == [*exact, ("cell.two.beat", b"two")]
+
+    asyncio.run(main())
+
+
+def test_requests_are_answered_refused_or_time_out(adapter: str, tmp_path: Path) -> None:
+    async def main() -> None:
+        async with rig(adapter, tmp_path) as r:
+            a, b = await r.connect(), await r.connect()
+
+            async def double(_: str, message: bytes) -> bytes:
+                return message * 2
+
+            async def silent(_: str, __: bytes) -> None:
+                return None
+
+            await b.subscribe("ask", double)
+            await b.subscribe("void", silent)
+            assert await asyncio.gather(*(a.request("ask", b"%d" % i, 5) for i in range(20))) == [
+                b"%d%d" % (i, i) for i in range(20)
+            ]
+            with pytest.raises(BusTimeout, match="void"):
+                await a.request("void", b"", 0.1)
+            with pytest.raises(BusUnavailable, match="nobody"):
+                await a.request("nowhere", b"", 5)
+
+    asyncio.run(main())
+
+
+def test_a_failing_handler_does_not_break_its_subscription(adapter: str, tmp_path: Path) -> None:
+    async def main() -> None:
+        async with rig(adapter, tmp_path) as r:
+            bus = await r.connect()
+            seen: list[bytes] = []
+
+            async def handler(_: str, message: bytes) -> None:
+                seen.append(message)
+                if message == b"bad":
+                    raise ValueError("boom")
+
+            await bus.subscribe("s", handler)
+            for message in (b"a", b"bad", b"b"):
+                await bus.publish("s", message)
+            await eventually(lambda: seen == [b"a", b"bad", b"b"])
+
+    asyncio.run(main())
+
+
+def test_a_queue_group_shares_and_a_cancelled_subscription_is_silent(adapter: str, tmp_path: Path) -> None:
+    async def main() -> None:
+        async with rig(adapter, tmp_path) as r:
+            a, b, c = [await r.connect() for _ in range(3)]
+            one: list[tuple[str, bytes]] = []
+            two: list[tuple[str, bytes]] = []
+            whole: list[tuple[str, bytes]] = []
+            await b.subscribe("work", collect(one), queue="q")
+            leaving = await c.subscribe("work", collect(two), queue="q")
+            await c.subscribe("work", collect(whole))
+            for i in range(100):
+                await a.publish("work", b"%d" % i)
+            await eventually(lambda: len(whole) == 100 and len(one) + len(two) == 100)
+            assert one and two
+            await leaving.cancel()
+            await leaving.cancel()
+            before = len(two)
+            for i in range(50):
+                await c.publish("work", b"%d" % i)
+            await eventually(lambda: len(whole) == 150 and len(one) + before == 150)
+            assert len(two) == before
+
+    asyncio.run(main())
+
+
+def test_big_messages_pass_and_oversized_ones_are_refused_by_the_sender(adapter: str, tmp_path: Path) -> None:
+    async def main() -> None:
+        async with rig(adapter, tmp_path) as r:
+            bus = await r.connect()
+            seen: list[tuple[str, bytes]] = []
+            await bus.subscribe("s", collect(seen))
+            await bus.publish("s", bytes(MAX_BUS_MESSAGE_BYTES))
+            with pytest.raises(BusMessageError, match="too large"):
+                await bus.publish("s", bytes(MAX_BUS_MESSAGE_BYTES + 1))
+            with pytest.raises(BusMessageError, match="too large"):
+                await bus.request("s", bytes(MAX_BUS_MESSAGE_BYTES + 1), 1)
+            await bus.publish("s", b"after")
+            await eventually(lambda: [len(message) for _, message in seen] == [MAX_BUS_MESSAGE_BYTES, 5])
+
+    asyncio.run(main())
+
+
+def test_closing_is_idempotent_and_final(adapter: str, tmp_path: Path) -> None:
+    async def main() -> None:
+        async with rig(adapter, tmp_path) as r:
+            a, b = await r.connect(), await r.connect()
+            seen: list[tuple[str, bytes]] = []
+            await b.subscribe("s", collect(seen))
+            await a.publish("s", b"last words")
+            await a.close()
+            await a.close()
+            await eventually(lambda: seen == [("s", b"last words")])
+            with pytest.raises(BusUnavailable):
+                await a.request("s", b"", 1)
+            with pytest.raises(BusUnavailable):
+                await a.publish("s", b"")
+
+    asyncio.run(main())
+
+
+def test_a_server_restart_heals(adapter: str, tmp_path: Path) -> None:
+    async def main() -> None:
+        async with rig(adapter, tmp_path) as r:
+            a, b = await r.connect(), await r.connect()
+
+            async def echo(_: str, message: bytes) -> bytes:
+                return message
+
+            await b.subscribe("echo", echo)
+            assert await a.request("echo", b"1", 5) == b"1"
+            await r.restart()
+
+            async def heals() -> bytes:
+                while True:
+                    try:
+                        return await a.request("echo", b"2", 1)
+                    except (BusUnavailable, BusTimeout):
+                        await a.publish("lost", b"meanwhile")  # never raises for a broken connection
+                        await asyncio.sleep(0.05)
+
+            assert await asyncio.wait_for(heals(), 20) == b"2"
+
+    asyncio.run(main())
+
+
+def test_a_lost_client_is_reported_once_and_a_reconnected_one_is_not(adapter: str, tmp_path: Path) -> None:
+    async def main() -> None:
+        async with rig(adapter, tmp_path) as r:
+            early, late = node_id(1), node_id(2)
+            first = await r.connect(early)
+            presence = r.presence()
+            gone: list[str] = []
+            await presence.start(lambda name, _: gone.append(name))
+            twin = await r.connect(early)
+            second = await r.connect(late)
+            await first.close()  # the name is still connected through its twin
+            await second.close()
+            await eventually(lambda: gone == [late])
+            await twin.close()
+            await eventually(lambda: gone == [late, early])
+            await presence.close()
+
+    asyncio.run(main())
+
+
+def test_a_killed_process_is_reported_at_once(adapter: str, tmp_path: Path) -> None:
+    if adapter == "memory":
+
+        async def crash() -> None:
+            async with rig(adapter, tmp_path) as r:
+                await r.connect(node_id(7))
+                presence, gone = r.presence(), []  # type: ignore[var-annotated]
+                await presence.start(lambda name, _: gone.append(name))
+                assert r.fabric is not None
+                r.fabric.crash(node_id(7))
+                await eventually(lambda: gone == [node_id(7)])
+
+        asyncio.run(crash())
+        return
+
+    async def main() -> None:
+        async with rig(adapter, tmp_path) as r:
+            assert r.broker is not None
+            presence = r.presence()
+            gone: list[str] = []
+            await presence.start(lambda name, _: gone.append(name))
+            code = (
+                "import asyncio, sys\n"
+                "from fallow.fabric.nats_bus import NatsBus\n"
+                "async def main():\n"
+                "    await NatsBus.connect(sys.argv[1], sys.argv[2]); print('ready', flush=True)\n"
+                "    await asyncio.sleep(60)\n"
+                "asyncio.run(main())\n"
+            )
+            child = await asyncio.create_subprocess_exec(
+                sys.executable, "-c", code, r.broker.urls[0], node_id(7), stdout=asyncio.subprocess.PIPE
+            )
+            assert child.stdout is not None
+            assert await asyncio.wait_for(child.stdout.readline(), 20) == b"ready\n"
+            child.kill()
+            await eventually(lambda: gone == [node_id(7)], within_s=2)
+            await child.wait()
+            await presence.close()
+
+    asyncio.run(main())
+
+
+def test_wrong_credentials_and_absent_servers_are_named(adapter: str, tmp_path: Path) -> None:
+    if adapter == "memory":
+        return
+
+    async def main() -> None:
+        async with rig(adapter, tmp_path) as r:
+            assert r.broker is not None
+            url = r.broker.urls[0]
+            with pytest.raises(BusUnavailable, match="credentials"):
+                await NatsBus.connect(url.replace("fallow:", "fallow:x"), "n")
+        with pytest.raises(BusUnavailable, match="is `fallow up` running"):
+            await NatsBus.connect(url, "n")
+
+    asyncio.run(main())
+
+
+def test_the_broker_keeps_port_and_secrets_private_and_stable(adapter: str, tmp_path: Path) -> None:
+    if adapter == "memory":
+        return
+
+    async def main() -> None:
+        state = tmp_path / "state"
+        broker = Broker(state)
+        await broker.start()
+        urls, pid = broker.urls, broker.pid
+        assert broker.server is not None and broker.server == await find_server()
+        assert [path.stat().st_mode & 0o077 for path in (state, state / "nats.conf", state / "broker.json")] == [0] * 3
+        await broker.close()
+        await broker.close()
+        assert pid is not None
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+        again = Broker(state)
+        await again.start()
+        assert again.urls == urls
+        rival = Broker(tmp_path / "rival", port=int(urls[0].rsplit(":", 1)[1]))
+        with pytest.raises(BusUnavailable, match="address already in use"):
+            await rival.start()
+        await rival.close()
+        await again.close()
+        (state / "broker.json").write_text("{")
+        with pytest.raises(ConfigError, match="damaged"):
+            Broker(state)
+
+    asyncio.run(main())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="PR_SET_PDEATHSIG is Linux's")
+def test_the_server_never_outlives_a_killed_parent(adapter: str, tmp_path: Path) -> None:
+    if adapter == "memory":
+        return
+
+    async def main() -> None:
+        code = (
+            "import asyncio, sys, pathlib\n"
+            "from fallow.fabric.broker import Broker\n"
+            "async def main():\n"
+            "    broker = Broker(pathlib.Path(sys.argv[1])); await broker.start(); print(broker.pid, flush=True)\n"
+            "    await asyncio.sleep(60)\n"
+            "asyncio.run(main())\n"
+        )
+        child = await asyncio.create_subprocess_exec(
+            sys.executable, "-c", code, str(tmp_path / "state"), stdout=asyncio.subprocess.PIPE
+        )
+        assert child.stdout is not None
+        server = int(await asyncio.wait_for(child.stdout.readline(), 20))
+        child.kill()
+        await child.wait()
+
+        def gone() -> bool:
+            try:
+                return Path(f"/proc/{server}/stat").read_text().rsplit(") ", 1)[1].startswith("Z")
+            except (FileNotFoundError, ProcessLookupError):
+                return True
+
+        await eventually(gone)
+
+    asyncio.run(main())

@@ -1,0 +1,184 @@
+"""A small fleet of real session code on virtual time: one gateway, nodes with toy engines, a router on a table.
+
+The coordinator is left out on purpose: here a test says who hosts what, and what breaks when.
+"""
+
+from collections.abc import Sequence
+
+from fallow.domain.errors import NoRoute, StageRefused
+from fallow.domain.fleet import Hop
+from fallow.domain.frames import Frame, Phase
+from fallow.domain.ids import Digest, ModelName, NodeId, SessionId
+from fallow.domain.model import BlobRef, Family, Manifest, ModelConfig, Quantisation, Span, StageSpec
+from fallow.engine.memory import MemoryEngine
+from fallow.fabric.memory import MemoryFabric
+from fallow.fabric.peers import Peers
+from fallow.gateway.chain import Chain
+from fallow.gateway.sessions import OPEN_ATTEMPTS_MAX
+from fallow.node.stages import StageRelay
+from fallow.simulator.virtual_time import LoopClock
+
+LAYERS = 6
+MODEL = Digest("ab" * 32)
+LOG_BUDGET_BYTES = 1 << 20
+
+
+def node_id(index: int) -> NodeId:
+    return NodeId(f"{index:064x}")
+
+
+def toy_manifest() -> Manifest:
+    blob = BlobRef(digest=Digest("cd" * 32), size_bytes=1000, chunk_digests=(Digest("cd" * 32),))
+    config = ModelConfig(
+        family=Family.LLAMA,
+        layer_count=LAYERS,
+        hidden_size=32,
+        head_count=2,
+        kv_head_count=1,
+        head_dim=16,
+        intermediate_size=64,
+        vocab_size=512,
+        context_length=4096,
+        norm_epsilon=1e-5,
+        rope_theta=1e4,
+    )
+    return Manifest(
+        format=1,
+        name=ModelName("toy"),
+        config=config,
+        quantisation=Quantisation.Q8,
+        embedding=blob,
+        layers=(blob,) * LAYERS,
+        head=blob,
+        tokenizer=blob,
+        chat_template=None,
+        bos_token_id=None,
+        eos_token_ids=(0,),
+    )
+
+
+class Node:
+    """A device: real links and relay, toy engine."""
+
+    def __init__(self, fleet: "Fleet", index: int, *pieces: Span, log_budget_bytes: int = LOG_BUDGET_BYTES) -> None:
+        self.id = node_id(index)
+        self.pieces = pieces
+        self.fleet = fleet
+        self.engine = MemoryEngine()
+        self.endpoint = fleet.fabric.endpoint(self.id)
+        self.peers = Peers(
+            self.endpoint,
+            fleet.clock,
+            role="node",
+            on_frame=self._on_frame,
+            on_lost=self._on_lost,
+        )
+        self.relay = StageRelay(self.engine, self.peers, fleet.clock, log_budget_bytes)
+        self.alive = True
+
+    def _on_frame(self, peer: NodeId, frame: Frame) -> None:
+        self.relay.handle(peer, frame)
+
+    def _on_lost(self, peer: NodeId, reason: str) -> None:
+        self.relay.peer_lost(peer, reason)
+
+    async def start(self) -> None:
+        await self.engine.start()
+        await self.engine.load(StageSpec(model=MODEL, pieces=self.pieces), toy_manifest(), {})
+        await self.peers.start()
+
+    def kill(self) -> None:
+        """kill -9: nobody is told by the node; the peers' kernels see the links break."""
+        self.alive = False
+        self.engine.crash()
+        self.fleet.fabric.crash(self.id)
+
+    def freeze(self) -> None:
+        """SIGSTOP: links stay open and silent."""
+        self.alive = False
+        self.engine.hang()
+        others = [node.id for node in self.fleet.nodes if node is not self]
+        for other in [self.fleet.gateway, *others]:
+            self.fleet.fabric.cut(self.id, other)
+
+
+class Fleet:
+    """The medium, the nodes, one gateway; `route` is a greedy table look-up that honours exclude and keep."""
+
+    def __init__(self, latency_s: float = 0.001) -> None:
+        self.clock = LoopClock()
+        self.fabric = MemoryFabric(latency_s)
+        self.gateway = node_id(0xFFFF)
+        self.nodes: list[Node] = []
+        self.chains: list[Chain] = []
+        self.events: list[str] = []
+        self.peers = Peers(
+            self.fabric.endpoint(self.gateway),
+            self.clock,
+            role="gateway",
+            on_frame=self._on_frame,
+            on_lost=self._on_lost,
+        )
+
+    async def start(self, *hosted: Sequence[Span], log_budget_bytes: int = LOG_BUDGET_BYTES) -> None:
+        self.nodes = [
+            Node(self, index, *pieces, log_budget_bytes=log_budget_bytes) for index, pieces in enumerate(hosted)
+        ]
+        for node in self.nodes:
+            await node.start()
+        await self.peers.start()
+
+    def _on_frame(self, peer: NodeId, frame: Frame) -> None:
+        for chain in self.chains:
+            if getattr(frame.header, "session", None) == chain.session:
+                chain.on_frame(peer, frame)
+
+    def _on_lost(self, peer: NodeId, reason: str) -> None:
+        for chain in self.chains:
+            if peer in chain.nodes():
+                chain.in_trouble(f"{peer[-4:]} is gone ({reason})", peer)
+
+    async def route(
+        self, model: Digest, session: SessionId, reserve_tokens: int, exclude: frozenset[NodeId], keep: Sequence[Hop]
+    ) -> tuple[Hop, ...]:
+        hops: list[Hop] = []
+        position = 0
+        while position < LAYERS:
+            kept = [hop for hop in keep if hop.span.first == position]
+            found = kept or [
+                Hop(address=node.endpoint.address, span=piece)
+                for node in self.nodes
+                for piece in node.pieces
+                if piece.first == position
+                and node.alive
+                and node.id not in exclude
+                and all(hop.address.node != node.id for hop in [*hops, *keep])
+            ]
+            if not found:
+                raise NoRoute(f"nobody holds layer {position}")
+            hops.append(found[0])
+            position = found[0].span.last
+        return tuple(hops)
+
+    def chain(self, index: int = 0, reserve_tokens: int = 2000, top_k: int | None = 4) -> Chain:
+        session = SessionId(f"{index:032x}")
+        chain = Chain(session, MODEL, reserve_tokens, top_k, self.peers, self, self.clock, self.events.append)
+        self.chains.append(chain)
+        return chain
+
+
+async def generate(chain: Chain, prompt: Sequence[int], count: int) -> list[int]:
+    """Greedy tokens from a fresh chain, opened as `FleetTokenSource` does: again, when a stage fails meanwhile."""
+    for attempt in range(OPEN_ATTEMPTS_MAX):
+        try:
+            await chain.establish()
+            break
+        except StageRefused:
+            if attempt == OPEN_ATTEMPTS_MAX - 1:
+                raise
+    candidates = await chain.advance(prompt, Phase.PREFILL)
+    tokens = [int(candidates.ids[0])]
+    while len(tokens) < count:
+        candidates = await chain.advance((tokens[-1],), Phase.DECODE)
+        tokens.append(int(candidates.ids[0]))
+    return tokens
