@@ -14,7 +14,7 @@ from fallow.engine.memory import MemoryEngine
 from fallow.fabric.memory import MemoryFabric
 from fallow.fabric.peers import Peers
 from fallow.gateway.chain import Chain
-from fallow.gateway.sessions import OPEN_ATTEMPTS_MAX
+from fallow.gateway.sessions import OPEN_ATTEMPTS_MAX, FleetTokenSource
 from fallow.node.stages import StageRelay
 from fallow.simulator.virtual_time import LoopClock
 
@@ -28,7 +28,10 @@ def node_id(index: int) -> NodeId:
 
 
 def toy_manifest() -> Manifest:
-    blob = BlobRef(digest=Digest("cd" * 32), size_bytes=1000, chunk_digests=(Digest("cd" * 32),))
+    def blob(number: int) -> BlobRef:
+        digest = Digest(f"{number:064x}")
+        return BlobRef(digest=digest, size_bytes=1000, chunk_digests=(digest,))
+
     config = ModelConfig(
         family=Family.LLAMA,
         layer_count=LAYERS,
@@ -47,10 +50,10 @@ def toy_manifest() -> Manifest:
         name=ModelName("toy"),
         config=config,
         quantisation=Quantisation.Q8,
-        embedding=blob,
-        layers=(blob,) * LAYERS,
-        head=blob,
-        tokenizer=blob,
+        embedding=blob(100),
+        layers=tuple(blob(layer) for layer in range(LAYERS)),
+        head=blob(101),
+        tokenizer=blob(102),
         chat_template=None,
         bos_token_id=None,
         eos_token_ids=(0,),
@@ -64,7 +67,7 @@ class Node:
         self.id = node_id(index)
         self.pieces = pieces
         self.fleet = fleet
-        self.engine = MemoryEngine()
+        self.engine = MemoryEngine(kv_budget_bytes=fleet.kv_budget_bytes)
         self.endpoint = fleet.fabric.endpoint(self.id)
         self.peers = Peers(
             self.endpoint,
@@ -84,7 +87,7 @@ class Node:
 
     async def start(self) -> None:
         await self.engine.start()
-        await self.engine.load(StageSpec(model=MODEL, pieces=self.pieces), toy_manifest(), {})
+        await self.engine.load(StageSpec(model=self.fleet.model, pieces=self.pieces), toy_manifest(), {})
         await self.peers.start()
 
     def kill(self) -> None:
@@ -105,12 +108,15 @@ class Node:
 class Fleet:
     """The medium, the nodes, one gateway; `route` is a greedy table look-up that honours exclude and keep."""
 
-    def __init__(self, latency_s: float = 0.001) -> None:
+    def __init__(self, latency_s: float = 0.001, model: Digest = MODEL, kv_budget_bytes: int = 1 << 30) -> None:
+        self.model = model
+        self.kv_budget_bytes = kv_budget_bytes
         self.clock = LoopClock()
         self.fabric = MemoryFabric(latency_s)
         self.gateway = node_id(0xFFFF)
         self.nodes: list[Node] = []
         self.chains: list[Chain] = []
+        self.listeners: list[FleetTokenSource] = []
         self.events: list[str] = []
         self.peers = Peers(
             self.fabric.endpoint(self.gateway),
@@ -132,11 +138,15 @@ class Fleet:
         for chain in self.chains:
             if getattr(frame.header, "session", None) == chain.session:
                 chain.on_frame(peer, frame)
+        for listener in self.listeners:
+            listener.on_frame(peer, frame)
 
     def _on_lost(self, peer: NodeId, reason: str) -> None:
         for chain in self.chains:
             if peer in chain.nodes():
                 chain.in_trouble(f"{peer[-4:]} is gone ({reason})", peer)
+        for listener in self.listeners:
+            listener.on_lost(peer, reason)
 
     async def route(
         self, model: Digest, session: SessionId, reserve_tokens: int, exclude: frozenset[NodeId], keep: Sequence[Hop]
@@ -162,7 +172,7 @@ class Fleet:
 
     def chain(self, index: int = 0, reserve_tokens: int = 2000, top_k: int | None = 4) -> Chain:
         session = SessionId(f"{index:032x}")
-        chain = Chain(session, MODEL, reserve_tokens, top_k, self.peers, self, self.clock, self.events.append)
+        chain = Chain(session, self.model, reserve_tokens, top_k, self.peers, self, self.clock, self.events.append)
         self.chains.append(chain)
         return chain
 

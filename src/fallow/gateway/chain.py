@@ -58,6 +58,8 @@ AVOID_S = 8.0
 dialled again meanwhile."""
 AVOID_ENGINE_S = 1.0
 """The same for a device whose worker died while its agent lives: it comes back soon, and may be the only one."""
+AVOID_FULL_S = 0.2
+"""The same for a device that had no room: it may have some once a kept conversation has made way."""
 STALL_TIMEOUT_S = 15.0
 """Without any progress for so long, the chain is asked where it stands even though every link lives."""
 
@@ -337,9 +339,10 @@ class Chain:
                 continue
             code = answer.code if answer is not None else "link_closed"
             message = answer.message if answer is not None else f"{node[:8]} did not answer in {OPEN_TIMEOUT_S} s."
-            self.in_trouble(message, node)
             if code == KvExhausted.code:
+                self.in_trouble(message, node, AVOID_FULL_S)
                 raise KvExhausted(message)
+            self.in_trouble(message, node)
             raise StageRefused(f"{node[:8]} refused: {message}", reason=code)
         if self._trouble is not None:
             raise StageRefused(f"The chain broke while it was opened: {self._trouble}", reason="link_closed")

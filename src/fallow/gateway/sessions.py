@@ -211,8 +211,9 @@ class FleetTokenSource:
                     await chain.establish()
                     return
                 except KvExhausted:
-                    if not self._free_oldest_kept() and attempt >= 2:
+                    if not self._free_oldest_kept() and attempt >= OPEN_ATTEMPTS_MAX // 2:
                         raise
+                    await self._clock.sleep(OPEN_RETRY_S)
                 except (NoRoute, StageRefused, BusTimeout, BusUnavailable) as error:
                     if attempt == OPEN_ATTEMPTS_MAX:
                         raise NoRoute(f"No chain of devices could be opened: {error.message}") from error

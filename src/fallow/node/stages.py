@@ -74,6 +74,7 @@ class _Session:
         self.waiting_rows = 0
         self.log = ActivationLog()
         self.admitted = False
+        self.ended = False
         self.wake = asyncio.Event()
         self.orphaned_at_s: float | None = None
         self.pump: asyncio.Task[None] | None = None
@@ -234,7 +235,7 @@ class StageRelay:
 
     async def _pump(self, session: _Session) -> None:
         try:
-            while True:
+            while not session.ended:
                 session.wake.clear()
                 if session.opening is not None:
                     await self._answer_opening(session, session.opening)
@@ -399,6 +400,7 @@ class StageRelay:
     def _end(self, session: _Session) -> None:
         if self._sessions.pop(session.id, None) is None:
             return
+        session.ended = True
         self._log_bytes -= session.log.size_bytes
         self._later(self._free(session))
 
