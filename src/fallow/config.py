@@ -6,7 +6,8 @@ Rules
   (`platformdirs`). A file that was named and is not there is an error; one that was not named is optional.
 - An environment variable is `FALLOW_` and the setting's name in capitals, with `_` for the dot: `gateway.port` is
   `FALLOW_GATEWAY_PORT`.
-- A key or a value that makes no sense is a `ConfigError` that names the key, the value, what was expected and the source.
+- A key or a value that makes no sense is a `ConfigError` that names the key, the value, what was expected and the
+  source.
 - Settings that end in `_bytes` take a number of bytes or a size with a unit, such as `"2GiB"`.
 
 It opens nothing but the file, and looks at no hardware: what `None` means is decided where the setting is used.
@@ -109,6 +110,13 @@ class NodeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """`ip:port` for links; `None`: loopback when the bus is there, else every interface, any port."""
 
 
+class LinksConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Links between devices and gateways."""
+
+    local_sockets: bool = True
+    """Processes of one user on one machine talk through a private Unix socket; `false`: encrypted, as between machines."""
+
+
 class ModelsConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What `fallow up` serves."""
 
@@ -129,6 +137,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     gateway: GatewayConfig = GatewayConfig()
     placement: PlacementConfig = PlacementConfig()
     node: NodeConfig = NodeConfig()
+    links: LinksConfig = LinksConfig()
     models: ModelsConfig = ModelsConfig()
 
     @property
@@ -181,6 +190,20 @@ def value_of(config: Config, name: str) -> Any:
     return value
 
 
+def as_environment(config: Config) -> dict[str, str]:
+    """Environment variables that make another process have the same settings; API keys are left to the file."""
+    values = {name: value_of(config, name) for name in setting_names() if name != "gateway.keys"}
+    return {_variable(name): _as_text(value) for name, value in values.items() if value is not None}
+
+
+def _variable(name: str) -> str:
+    return ENV_PREFIX + name.upper().replace(".", "_")
+
+
+def _as_text(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
 def parse_size(text: str) -> int:
     """Bytes in a size such as `2GiB`, `512 MiB` or `1e9`. Raises `ValueError`."""
     match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?(?:e[0-9]+)?)\s*([KMGT]i?B?|B)?\s*", text, re.IGNORECASE)
@@ -214,7 +237,9 @@ def _read_file(path: Path, names: Mapping[str, Any]) -> list[tuple[str, Any]]:
     try:
         content = path.read_bytes()
         if len(content) > FILE_MAX_BYTES:
-            raise ConfigError(f"The file {path.name} is larger than {FILE_MAX_BYTES} bytes; it cannot be a configuration.")
+            raise ConfigError(
+                f"The file {path.name} is larger than {FILE_MAX_BYTES} bytes; it cannot be a configuration."
+            )
         table = tomllib.loads(content.decode())
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ConfigError(f"The file {path.name} cannot be read: {error}.") from error
@@ -233,7 +258,7 @@ def _flatten(table: Mapping[str, Any], prefix: str, names: Mapping[str, Any], fi
 
 
 def _read_environment(environ: Mapping[str, str], names: Mapping[str, Any]) -> list[tuple[str, Any, str]]:
-    variables = {ENV_PREFIX + name.upper().replace(".", "_"): name for name in names}
+    variables = {_variable(name): name for name in names}
     found: list[tuple[str, Any, str]] = []
     for variable, text in environ.items():
         if not variable.startswith(ENV_PREFIX) or variable in _OTHER_VARIABLES:

@@ -5,18 +5,18 @@ from typing import Annotated
 import typer
 
 from fallow import __version__
-from fallow.cli import chat, fleet, keys, model, serve, settings
+from fallow.cli import chat, fleet, keys, model, serve, settings, status
 
 app = typer.Typer(
     name="fallow",
     no_args_is_help=True,
     add_completion=False,
-    rich_markup_mode="rich",
+    rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     help=(
         "Fallow turns idle devices into one inference service behind an OpenAI-compatible API.\n\n"
-        "Start with `fallow up --nodes 3` on one machine, then ask `fallow chat \"What is a fallow field?\"`. "
+        'Start with `fallow up --nodes 3` on one machine, then ask `fallow chat "What is a fallow field?"`. '
         "To lend another machine, run the `fallow join …` line that `fallow up` prints."
     ),
 )
@@ -38,7 +38,7 @@ def _top(
 
 app.command("up")(fleet.up)
 app.command("join")(fleet.join)
-app.command("status")(fleet.status)
+app.command("status")(status.status)
 app.command("chat")(chat.chat)
 app.add_typer(model.app, name="model")
 app.add_typer(keys.app, name="key")

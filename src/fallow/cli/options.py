@@ -10,14 +10,15 @@ import typer
 from rich.console import Console
 
 from fallow.config import Loaded, load
-from fallow.domain.errors import ConfigError
 
 LOG_FILE_BYTES_MAX = 10 << 20
 LOG_FILES_KEPT = 2
 
 ConfigFile = Annotated[
     Path | None,
-    typer.Option("--config", help="A TOML file with settings. Without it: ./fallow.toml, else the user's.", metavar="FILE"),
+    typer.Option(
+        "--config", help="A TOML file with settings. Without it: ./fallow.toml, else the user's.", metavar="FILE"
+    ),
 ]
 StateDir = Annotated[
     Path | None,
@@ -53,9 +54,6 @@ def set_up_logging(verbose: bool, log_file: Path | None = None) -> None:
     logging.getLogger("httpx").setLevel(logging.WARNING)
 
 
-def split_address(text: str, what: str) -> tuple[str, int]:
-    """`host:port` as its parts. Raises `ConfigError`."""
-    host, colon, port = text.rpartition(":")
-    if not colon or not host or not port.isdigit() or int(port) > 65535:
-        raise ConfigError(f"{what}: expected an address such as 0.0.0.0:7000, got {text!r}.")
-    return host.strip("[]"), int(port)
+def say(sentence: str) -> None:
+    """A sentence for the person who watches, exactly as it is: urls must survive copying."""
+    console.print(sentence, highlight=False, markup=False, soft_wrap=True)

@@ -5,7 +5,8 @@ Rules
   at any time: it says hello, everybody reports, and it knows what it knew.
 - A broken bus connection, silence and a goodbye all end a node's presence here at once, and `NodeGone` tells gateways,
   which probe for themselves. A newer heartbeat brings the node back.
-- A message that cannot be true is dropped, counted by kind, and named in the log, at most once in `LOG_PERIOD_S` a kind.
+- A message that cannot be true is dropped, counted by kind, and named in the log,
+  a kind at most once in `LOG_PERIOD_S`.
 
 Decisions are in `policy/`; orders are given by `placer.py`.
 """

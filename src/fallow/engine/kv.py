@@ -46,7 +46,7 @@ class KvBudget:
         """Raises `KvExhausted`, changing nothing."""
         if size_bytes > self.free_bytes:
             raise KvExhausted(
-                f"the KV cache has {self.free_bytes} of {self.total_bytes} bytes left, and {size_bytes} were asked for; "
+                f"the KV cache has {self.free_bytes} of {self.total_bytes} bytes left, not {size_bytes}; "
                 "try another device or wait until a session ends"
             )
         self.reserved_bytes += size_bytes

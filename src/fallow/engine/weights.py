@@ -27,7 +27,7 @@ class Weights:
 
     def __init__(self) -> None:
         self.arrays: dict[str, NDArray[Any]] = {}
-        self.size_bytes = 0
+        self.sizes_bytes: dict[Digest, int] = {}
         self._mappings: list[mmap.mmap] = []
 
     def add_file(self, files: Files, ref: BlobRef, manifest: Manifest, part: Part, prefix: str = "") -> None:
@@ -35,7 +35,7 @@ class Weights:
         tensors, mapping = _open(files, ref, manifest, part)
         for name, array in _initialisers(tensors, manifest.config).items():
             self.arrays[prefix + name] = array
-        self.size_bytes += ref.size_bytes
+        self.sizes_bytes[ref.digest] = ref.size_bytes
         self._mappings.append(mapping)
 
     def release_pages(self) -> None:
@@ -49,7 +49,7 @@ class Embedding:
 
     def __init__(self, files: Files, manifest: Manifest) -> None:
         tensors, self._mapping = _open(files, manifest.embedding, manifest, Part.EMBEDDING)
-        self.size_bytes = manifest.embedding.size_bytes
+        self.sizes_bytes = {manifest.embedding.digest: manifest.embedding.size_bytes}
         self.vocab_size = manifest.config.vocab_size
         self._wire = wire_dtype(manifest.quantisation)
         self._plain = tensors.get("embedding")

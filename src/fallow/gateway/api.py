@@ -127,7 +127,6 @@ class _Gateway:
         self.metrics = metrics or GatewayMetrics()
         self.entropy = entropy
         self._started_unix_s = int(clock.unix_s())
-        self._active_choices = 0
         self._models = TextModels(source.models, tokenizer_file, lambda: datetime.fromtimestamp(clock.unix_s()))
 
     # --- plain endpoints --------------------------------------------------------------------------
@@ -178,18 +177,18 @@ class _Gateway:
         self, scope: Scope, receive: Receive, send: Send, prepared: Prepared, tallies: list[Tally], lease: Lease
     ) -> None:
         count = len(prepared.prompts)
-        if self._active_choices + count > self._limits.max_active_choices:
+        if self.metrics.active_choices + count > self._limits.max_active_choices:
             raise overloaded("The gateway is generating as many answers as it may. Try again in a moment.")
-        self._active_choices += count
-        self.metrics.active.set(self._active_choices)
+        self.metrics.choices_changed(count)
         run = self._stream if prepared.plan.streamed else self._whole
         try:
             work = run(send, prepared, tallies, lease.owner, scope["state"]["request_id"])
             await unless_disconnected(receive, work)
         finally:
-            self._active_choices -= count
-            self.metrics.active.set(self._active_choices)
-            self._count(_usage(prepared, tallies))
+            self.metrics.choices_changed(-count)
+            usage = _usage(prepared, tallies)
+            self.metrics.prompt_tokens.inc(usage.prompt_tokens)
+            self.metrics.cached_tokens.inc(usage.prompt_tokens_details.cached_tokens)
 
     async def _whole(self, send: Send, prepared: Prepared, tallies: list[Tally], owner: str, request_id: str) -> None:
         async def emit(chunk: Chunk) -> None:
@@ -319,8 +318,6 @@ class _Gateway:
             usage_in_stream=plan.usage_in_stream,
         )
 
-    # --- counting -------------------------------------------------------------------------------------
-
     def refused(self, error: BaseException, request_id: str) -> Problem:
         """The reply to an error, counted and, when it is our fault, logged."""
         problem = problem_of(error, request_id)
@@ -329,11 +326,6 @@ class _Gateway:
             hidden = problem.body.code == "internal"
             _LOG.warning("request %s failed: %s", request_id, error, exc_info=error if hidden else None)
         return problem
-
-    def _count(self, usage: Usage) -> None:
-        self.metrics.prompt_tokens.inc(usage.prompt_tokens)
-        self.metrics.cached_tokens.inc(usage.prompt_tokens_details.cached_tokens)
-        self.metrics.completion_tokens.inc(usage.completion_tokens)
 
 
 class _Endpoint:

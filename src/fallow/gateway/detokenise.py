@@ -77,8 +77,12 @@ class TokenBytes:
         return str(self._tokenizer.decode([token])).encode()
 
     def label(self, token: int) -> str:
-        """How a token is named in log-probabilities."""
-        return self.of(token).decode("utf-8", "replace")
+        """How a token is named in log-probabilities: its text, or its bytes when they are a piece of a character."""
+        raw = self.of(token)
+        try:
+            return raw.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
 
 
 class Detokeniser:

@@ -6,6 +6,7 @@ happened, the client's hanging up (a cancellation) included. It knows no HTTP an
 """
 
 import asyncio
+import logging
 from collections.abc import Awaitable, Callable, Sequence
 from enum import StrEnum
 from typing import Protocol
@@ -13,11 +14,14 @@ from typing import Protocol
 import msgspec
 
 from fallow.domain.clock import Clock
+from fallow.domain.errors import FallowError
 from fallow.gateway.contract import Conversation, TokenSource
 from fallow.gateway.detokenise import Detokeniser
 from fallow.gateway.sampling import HEAD_TOP_K, Sampler, SamplingParams, needs_full_vocabulary, top_logprobs
 from fallow.gateway.stopping import StopScanner
 from fallow.gateway.text import TextModel
+
+_LOG = logging.getLogger(__name__)
 
 CLOSE_TIMEOUT_S = 5.0
 """How long an answer waits for its conversation to be closed."""
@@ -98,8 +102,16 @@ async def generate(
         await _run(conversation, model, spec, tally, emit, clock, observer, started_s)
         keep = spec.keep
     finally:
+        await _close(conversation, keep=keep)
+
+
+async def _close(conversation: Conversation, *, keep: bool) -> None:
+    """A fleet that does not answer must neither hold up nor spoil an answer that is complete."""
+    try:
         async with asyncio.timeout(CLOSE_TIMEOUT_S):
             await conversation.close(keep=keep)
+    except (FallowError, TimeoutError) as error:
+        _LOG.warning("a conversation could not be closed: %r", error)
 
 
 async def _run(

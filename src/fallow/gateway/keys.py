@@ -62,9 +62,11 @@ class KeyRing:
         try:
             self._digests = tuple(bytes.fromhex(key.sha256) for key in self._keys)
         except ValueError as error:
-            raise ConfigError("An API key's sha256 is not hexadecimal; make one with `fallow key`.") from error
+            raise ConfigError(
+                "An API key's sha256 is not hexadecimal; it is the SHA-256 of the key, 64 hex digits."
+            ) from error
         if any(len(digest) != 32 for digest in self._digests):
-            raise ConfigError("An API key's sha256 does not have 64 hex digits; make one with `fallow key`.")
+            raise ConfigError("An API key's sha256 does not have the 64 hex digits of a SHA-256.")
         self._limits = {key.id: key.limits for key in self._keys}
         now_s = clock.monotonic_s()
         self._usage = {key.id: fresh_usage(key.limits, now_s) for key in self._keys}

@@ -26,8 +26,11 @@ class GatewayMetrics:
         tokens = Counter("fallow_tokens", "Tokens, by kind.", ("kind",), registry=self.registry)
         self.prompt_tokens = tokens.labels("prompt")
         self.cached_tokens = tokens.labels("cached")
-        self.completion_tokens = tokens.labels("completion")
-        self.active = Gauge("fallow_active_choices", "Choices that are being generated.", registry=self.registry)
+        self._completion_tokens = tokens.labels("completion")
+        self.generated_tokens = 0
+        """Tokens generated since the start, for rates in status reports."""
+        self.active_choices = 0
+        self._active = Gauge("fallow_active_choices", "Choices that are being generated.", registry=self.registry)
         self._first = Histogram(
             "fallow_first_token_seconds",
             "From opening a conversation to its first token.",
@@ -43,9 +46,19 @@ class GatewayMetrics:
 
     def first_token(self, elapsed_s: float) -> None:
         self._first.observe(elapsed_s)
+        self._token()
 
     def next_token(self, elapsed_s: float) -> None:
         self._next.observe(elapsed_s)
+        self._token()
+
+    def choices_changed(self, change: int) -> None:
+        self.active_choices += change
+        self._active.set(self.active_choices)
+
+    def _token(self) -> None:
+        self.generated_tokens += 1
+        self._completion_tokens.inc()
 
     def exposition(self) -> bytes:
         """Prometheus' text format."""

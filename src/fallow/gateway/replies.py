@@ -217,9 +217,9 @@ class CompletionAnswer:
             return None
         labels = [self._bytes.label(each.token) for each in tokens]
         offsets = []
-        for label in labels:
+        for each in tokens:
             offsets.append(self._offsets[index])
-            self._offsets[index] += len(label)
+            self._offsets[index] += len(self._bytes.of(each.token).decode("utf-8", "replace"))
         top = [
             {self._bytes.label(token): logprob for token, logprob in [*each.top, (each.token, each.logprob)]}
             for each in tokens

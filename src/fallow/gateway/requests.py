@@ -104,7 +104,7 @@ def template_messages(messages: list[ChatMessage]) -> list[dict[str, Any]]:
         if message.name is not None:
             fields["name"] = message.name
         if message.tool_calls is not None:
-            fields["tool_calls"] = message.tool_calls
+            fields["tool_calls"] = [_parsed_call(call) for call in message.tool_calls]
         if message.tool_call_id is not None:
             fields["tool_call_id"] = message.tool_call_id
         rendered.append(fields)
@@ -197,6 +197,18 @@ def _refuse_unserved_chat(request: ChatRequest) -> None:
         raise BadRequest("'tools' are not supported: answers are not parsed into tool calls.", "tools")
     if request.functions:
         raise BadRequest("'functions' are not supported.", "functions")
+
+
+def _parsed_call(call: dict[str, Any]) -> dict[str, Any]:
+    """OpenAI sends a call's arguments as JSON text; templates expect the object, as in transformers and vLLM."""
+    function = call.get("function")
+    if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
+        return call
+    try:
+        arguments = msgspec.json.decode(function["arguments"])
+    except (msgspec.DecodeError, RecursionError):
+        return call
+    return call | {"function": function | {"arguments": arguments}}
 
 
 def _text(message: ChatMessage, param: str) -> str:

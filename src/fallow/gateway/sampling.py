@@ -21,6 +21,9 @@ from fallow.gateway.contract import Candidates
 HEAD_TOP_K = 64
 """How many candidates a head sends unless it is asked for all."""
 
+GREEDY_BELOW = 1e-5
+"""Temperatures below this are 0, as in vLLM: dividing by less overflows."""
+
 NUCLEUS_PROBE = 1024
 """Tokens that are sorted first when looking for the top_p set of a whole vocabulary."""
 
@@ -62,7 +65,7 @@ class Sampler:
 
     def __init__(self, params: SamplingParams, seed: int, index: int = 0) -> None:
         self._params = params
-        self._greedy = params.temperature == 0.0
+        self._greedy = params.temperature < GREEDY_BELOW
         self._adjusts = bool(params.logit_bias or params.presence_penalty or params.frequency_penalty)
         self._generator = np.random.Generator(np.random.PCG64([seed & 0xFFFF_FFFF_FFFF_FFFF, index]))
         self._counts: dict[int, int] = {}
@@ -119,7 +122,7 @@ def distribution(
 ) -> tuple[NDArray[np.intp] | None, NDArray[np.float64]]:
     """What to draw from: positions into `logits` (`None`: all of them, in order) and their weights `[m]`.
 
-    Weights are not negative, the largest is 1, and they are in proportion to the probabilities. Temperature is above 0.
+    Weights are not negative, the largest is 1, and they are in proportion to the probabilities. Temperature is at least `GREEDY_BELOW`.
     """
     scaled = logits.astype(np.float64)
     scaled -= scaled.max()

@@ -12,6 +12,8 @@ from starlette.types import Receive, Scope, Send
 
 from fallow.gateway.problems import Problem, http_problem
 
+MAX_DISCARDED_BYTES = 64 << 20
+
 _STREAM_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
@@ -26,30 +28,48 @@ class ClientGone(Exception):
 async def read_body(scope: Scope, receive: Receive, max_bytes: int, timeout_s: float) -> bytes:
     """The whole body. Raises a 413 or 408 `Problem`, or `ClientGone`."""
     declared = header(scope, b"content-length")
-    if declared is not None and declared.isdigit() and int(declared) > max_bytes:
-        raise http_problem(413, f"The request's body has {declared} bytes; at most {max_bytes} are accepted.")
+    excess = declared is not None and declared.isdigit() and int(declared) > max_bytes
     try:
         async with asyncio.timeout(timeout_s):
-            return await _collect(receive, max_bytes)
+            body = None if excess else await _collect(receive, max_bytes)
+            if body is None:
+                await _discard(receive)
     except TimeoutError:
-        message = f"The request's body did not arrive within {timeout_s:g} s."
-        raise http_problem(408, message) from None
+        raise http_problem(408, f"The request's body did not arrive within {timeout_s:g} s.") from None
+    if body is None:
+        raise http_problem(413, f"The request's body is larger than the {max_bytes} bytes that are accepted.")
+    return body
 
 
-async def _collect(receive: Receive, max_bytes: int) -> bytes:
+async def _collect(receive: Receive, max_bytes: int) -> bytes | None:
+    """The body, or `None` as soon as it is too large."""
     parts: list[bytes] = []
     size = 0
-    while True:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            raise ClientGone
-        part = message.get("body", b"")
+    more = True
+    while more:
+        part, more = await _part(receive)
         size += len(part)
         if size > max_bytes:
-            raise http_problem(413, f"The request's body has more than the {max_bytes} bytes that are accepted.")
+            return None
         parts.append(part)
-        if not message.get("more_body", False):
-            return parts[0] if len(parts) == 1 else b"".join(parts)
+    return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+async def _discard(receive: Receive) -> None:
+    """Read what is left of a body that is refused: closing on unread bytes resets the connection, and the client would
+    see that instead of the reason."""
+    size = 0
+    more = True
+    while more and size < MAX_DISCARDED_BYTES:
+        part, more = await _part(receive)
+        size += len(part)
+
+
+async def _part(receive: Receive) -> tuple[bytes, bool]:
+    message = await receive()
+    if message["type"] == "http.disconnect":
+        raise ClientGone
+    return message.get("body", b""), message.get("more_body", False)
 
 
 def header(scope: Scope, name: bytes) -> str | None:

@@ -156,8 +156,9 @@ class _PartWriter:
     ) -> None:
         all_scales: list[quantise.Floats] = []
         for piece, first, last in _row_blocks(pieces):
-            exact = _carry_over(piece, first, last, quantisation)
-            quantised, scales = exact or self._quantise(name, piece.values(first, last), quantisation)
+            quantised, scales = _carry_over(piece, first, last, quantisation) or self._quantise(
+                name, piece, first, last, quantisation
+            )
             check_finite(f"scales of tensor {piece.name!r}", scales)
             writer.write(np.ascontiguousarray(quantised).data)
             all_scales.append(scales)
@@ -165,9 +166,16 @@ class _PartWriter:
         for scales in all_scales:
             writer.write(scales.tobytes())
 
-    def _quantise(self, name: str, values: quantise.Floats, quantisation: Quantisation) -> quantise.Quantised:
-        convert = quantise.q4_from_values if quantisation is Quantisation.Q4 else quantise.q8_from_values
-        quantised, scales = convert(values)
+    def _quantise(
+        self, name: str, piece: SourceTensor, first: int, last: int, quantisation: Quantisation
+    ) -> quantise.Quantised:
+        values = piece.values(first, last)
+        if quantisation is Quantisation.Q4:
+            quantised, scales = quantise.q4_from_values(values)
+        elif piece.kind is GGMLQuantizationType.Q4_1:
+            quantised, scales = quantise.q8_from_gguf_q4_1(piece.raw_rows(first, last))
+        else:
+            quantised, scales = quantise.q8_from_values(values)
         difference = quantise.dequantise(quantised, scales, quantisation) - values
         error, total = self._losses.get(name, (0.0, 0.0))
         self._losses[name] = (

@@ -1,11 +1,12 @@
 """Manifests at the edge: canonical bytes out, validated values in.
 
-A manifest's digest names the model everywhere, so its bytes are canonical: JSON with sorted keys and no space. What
-comes from outside is decoded strictly and checked against bounds before any size in it is believed. This module does
-no I/O and looks at no weights.
+A manifest's digest names the model everywhere, so its bytes are canonical: ASCII JSON with sorted keys and no space.
+What comes from outside is decoded strictly and checked against bounds before any size in it is believed. This module
+does no I/O and looks at no weights.
 """
 
 import hashlib
+import json
 import math
 import re
 
@@ -43,8 +44,8 @@ _DIGEST_PATTERN = re.compile(r"[0-9a-f]{64}")
 
 
 def encode_manifest(manifest: Manifest) -> bytes:
-    """Canonical JSON."""
-    return msgspec.json.encode(manifest, order="sorted")
+    """Canonical JSON, by the standard library: its number format is the same in every version."""
+    return json.dumps(msgspec.to_builtins(manifest), sort_keys=True, separators=(",", ":")).encode("ascii")
 
 
 def manifest_digest(manifest: Manifest) -> Digest:

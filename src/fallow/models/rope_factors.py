@@ -41,7 +41,7 @@ def recover_llama3_scaling(factors: NDArray[np.float32], theta: float) -> Llama3
         return None
     frequencies = _frequencies(2 * len(wanted), theta)
     factor = _whole(float(wanted.max()))
-    candidates = [*PUBLISHED, *_fit(frequencies, wanted, factor)]
+    candidates = [*PUBLISHED, *_fit(frequencies, wanted, factor)] if wanted.min() > 0.0 else []
     for context, low, high in candidates:
         if np.allclose(_factors(frequencies, factor, context, low, high), wanted, rtol=TOLERANCE, atol=0.0):
             return Llama3RopeScaling(

@@ -17,6 +17,7 @@ import hashlib
 import logging
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
+from weakref import WeakValueDictionary
 
 from fallow.domain.errors import BlobCorrupt, BlobUnavailable, FabricError, FallowError
 from fallow.domain.frames import Chunk, FetchChunk, Frame, PeerAddress
@@ -86,7 +87,7 @@ class Fetcher:
         self._awaited: dict[_Key, asyncio.Future[Buffer | None]] = {}
         self._windows: dict[NodeId, asyncio.Semaphore] = {}
         self._blobs = asyncio.Semaphore(BLOBS_IN_PARALLEL_MAX)
-        self._fetching: dict[Digest, asyncio.Lock] = {}
+        self._fetching: WeakValueDictionary[Digest, asyncio.Lock] = WeakValueDictionary()
 
     # --- what arrives ---------------------------------------------------------------------------
 
@@ -148,19 +149,17 @@ class Fetcher:
                 tasks.create_task(self._fetch(ref, sources, arrived))
 
     async def _fetch(self, ref: BlobRef, sources: Sequence[PeerAddress], arrived: Callable[[int], None]) -> None:
-        async with self._fetching.setdefault(ref.digest, asyncio.Lock()), self._blobs:
-            try:
-                if self._store.has(ref.digest):
-                    arrived(ref.size_bytes)
-                    return
-                partial = await asyncio.to_thread(self._store.partial, ref)
-                missing = deque(partial.missing())
-                arrived(ref.size_bytes - len(missing) * BLOB_CHUNK_BYTES if len(missing) < len(ref.chunk_digests) else 0)
-                await self._pull(ref, partial, missing, sources, arrived)
-                await asyncio.to_thread(partial.complete)
-            finally:
-                if not self._fetching[ref.digest].locked():
-                    del self._fetching[ref.digest]
+        # Two models may share a file: the second one waits and finds it there.
+        alone = self._fetching.setdefault(ref.digest, asyncio.Lock())
+        async with alone, self._blobs:
+            if self._store.has(ref.digest):
+                arrived(ref.size_bytes)
+                return
+            partial = await asyncio.to_thread(self._store.partial, ref)
+            missing = deque(partial.missing())
+            arrived(max(ref.size_bytes - len(missing) * BLOB_CHUNK_BYTES, 0))
+            await self._pull(ref, partial, missing, sources, arrived)
+            await asyncio.to_thread(partial.complete)
 
     async def _pull(
         self,

@@ -36,7 +36,7 @@ class Window(msgspec.Struct, frozen=True):
 
 
 def next_turn(previous: Turn, decode_ready: int, prefill_ready: int) -> Turn:
-    """Decode goes first, and after every prefill chunk; prefill goes after every decode call, so that neither starves."""
+    """Decode goes first, and after every prefill chunk; prefill after every decode call: neither starves."""
     if decode_ready and (previous is not Turn.DECODE or not prefill_ready):
         return Turn.DECODE
     return Turn.PREFILL if prefill_ready else Turn.WAIT

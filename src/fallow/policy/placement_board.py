@@ -4,8 +4,10 @@ Pure computation on a private copy. `placement.py` holds the rules that decide; 
 A model is held whole (one piece over all layers) or in pieces of its grid; a device never holds both of one model.
 """
 
+from collections import deque
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import NamedTuple
 
 import msgspec
 
@@ -14,6 +16,10 @@ from fallow.domain.model import Span, StageSpec
 
 SCATTER_PENALTY = 1.5
 """How much later a device may be done and still be preferred, when it extends a run instead of starting another."""
+
+
+DISPLACED_MAX = 512
+"""Held pieces that are considered for displacement before a search for room is given up."""
 
 
 class PlacementRules(msgspec.Struct, frozen=True, kw_only=True):
@@ -72,6 +78,16 @@ def grid_of(model: ModelNeed, size: int) -> tuple[Span, ...]:
     """The model cut into `size` pieces of nearly equal layer counts."""
     cuts = [round(index * model.layer_count / size) for index in range(size + 1)]
     return tuple(Span(first, last) for first, last in pairwise(cuts))
+
+
+class _Swap(NamedTuple):
+    """A piece takes another's place on a node."""
+
+    node: NodeRoom
+    model: ModelNeed
+    piece: Span
+    out_model: ModelNeed
+    out: Span
 
 
 class Board:
@@ -245,41 +261,62 @@ class Board:
         return True
 
     def make_room(self, model: ModelNeed, piece: Span, copy: int) -> bool:
-        """Place a piece by moving others to where they fit, with as few moves as possible."""
-        pieces_total = sum(len(pieces) for held in self._held.values() for pieces in held.values())
-        for moves in range(1, min(self.rules.max_pieces, pieces_total) + 1):
-            if self._move(model, piece, copy, moves, {(model.model, piece)}):
-                return True
+        """Place a piece by moving others to where they fit, with as few moves as possible (breadth first, each held
+        piece displaced once)."""
+        paths: deque[tuple[ModelNeed, Span, tuple[_Swap, ...]]] = deque([(model, piece, ())])
+        displaced: set[tuple[NodeId, Digest, Span]] = set()
+        while paths and len(displaced) < DISPLACED_MAX:
+            need, wanting, path = paths.popleft()
+            for node in self.nodes:
+                if need.model in node.barred or wanting in self.pieces(node, need):
+                    continue
+                for digest, out in self._displaceable(node):
+                    if (node.node, digest, out) in displaced:
+                        continue
+                    if not self._has_room(node, need, wanting, [(digest, out)]):
+                        continue
+                    displaced.add((node.node, digest, out))
+                    swaps = (*path, _Swap(node, need, wanting, self._need[digest], out))
+                    if self._swapped(swaps, copy):
+                        return True
+                    paths.append((self._need[digest], out, swaps))
         return False
 
-    def _move(self, model: ModelNeed, piece: Span, copy: int, moves: int, seen: set[tuple[Digest, Span]]) -> bool:
-        for node in self.nodes:
-            for digest, out in sorted(
-                (digest, held) for digest, pieces in self._held[node.node].items() for held in pieces
-            ):
-                need = self._need[digest]
-                if (digest, out) in seen or out == need.whole or piece in self.pieces(node, model):
-                    continue
-                if model.model in node.barred or not self._has_room(node, model, piece, [(digest, out)]):
-                    continue
-                self._take(node, digest, out)
-                self.put(node, model, piece)
-                if self._rehomed(need, out, copy, node) or (
-                    moves > 1 and self._move(need, out, copy, moves - 1, seen | {(digest, out)})
-                ):
-                    return True
-                self._take(node, model.model, piece)
-                self.put(node, need, out)
+    def _displaceable(self, node: NodeRoom) -> list[tuple[Digest, Span]]:
+        return sorted(
+            (digest, held)
+            for digest, pieces in self._held[node.node].items()
+            for held in pieces
+            if held != self._need[digest].whole
+        )
+
+    def _swapped(self, swaps: Sequence["_Swap"], copy: int) -> bool:
+        """Carry out a chain of swaps when what the last one displaces has a place; else change nothing."""
+        last = swaps[-1]
+        for swap in swaps:
+            self._take(swap.node, swap.out_model.model, swap.out)
+            self.put(swap.node, swap.model, swap.piece)
+        if all(self._is_lawful(swap.node) for swap in swaps) and self._rehomed(last, copy):
+            return True
+        for swap in reversed(swaps):
+            self._take(swap.node, swap.model.model, swap.piece)
+            self.put(swap.node, swap.out_model, swap.out)
         return False
 
-    def _rehomed(self, model: ModelNeed, piece: Span, copy: int, was: NodeRoom) -> bool:
-        """Place a piece that was moved away on a device that has room; nothing to do when copies enough remain."""
-        if self.holders(model, piece) >= max(copy, 1):
+    def _is_lawful(self, node: NodeRoom) -> bool:
+        """Whether what a node holds fits it. Swaps that were looked at one by one may not do so together."""
+        held = [(digest, piece) for digest, pieces in self._held[node.node].items() for piece in pieces]
+        return all(self._has_room(node, self._need[digest], piece, [(digest, piece)]) for digest, piece in held)
+
+    def _rehomed(self, swap: "_Swap", copy: int) -> bool:
+        """Place what a swap displaced; nothing to do when copies enough remain."""
+        model, piece = swap.out_model, swap.out
+        if self.holders(model, piece) >= copy:
             return True
         offers = [
             node
             for node in self.nodes
-            if node.node != was.node and piece not in self.pieces(node, model) and self.fits(node, model, piece)
+            if node.node != swap.node.node and piece not in self.pieces(node, model) and self.fits(node, model, piece)
         ]
         if offers:
             self.put(min(offers, key=lambda node: (node.layer_s, node.node)), model, piece)

@@ -9,6 +9,7 @@ Rules
 import asyncio
 import contextlib
 import ctypes
+import faulthandler
 import os
 import signal
 import sys
@@ -32,6 +33,8 @@ class Stop:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self.ask)
+        if hasattr(signal, "SIGUSR1"):
+            faulthandler.register(signal.SIGUSR1)  # writes every thread's stack to stderr: for a process that hangs
         if parent_pid is not None:
             die_with_parent()
             self._watch = loop.create_task(self._watch_parent(parent_pid))
@@ -55,7 +58,7 @@ class Stop:
                 await task
 
     async def _watch_parent(self, parent_pid: int) -> None:
-        while os.getppid() == parent_pid:
+        while os.getppid() == parent_pid:  # noqa: ASYNC110 (no event tells of it everywhere)
             await asyncio.sleep(PARENT_CHECK_S)
         self.polite.set()
         self.at_once.set()

@@ -1,11 +1,11 @@
-"""The operator's store on the network: answers `FetchChunk` on links and announces its models on the bus.
+"""The operator's store on the network: serves its files on links and announces its models on the bus.
 
 Rules
 - The announcement goes out every `ANNOUNCE_INTERVAL_S`, and at once when a coordinator says hello, so a model that is
   added while everything runs is served without a restart.
-- Chunks are read in threads by `READERS` tasks; at most `REQUESTS_MAX` requests wait. Beyond that the answer is that the
-  chunk was not found here, and the asker tries elsewhere or later.
 - Only complete models are announced. Manifests and files are public to whoever may open a link.
+
+How chunks are served is `node/fetch.py`'s, as on devices.
 """
 
 import asyncio
@@ -17,16 +17,15 @@ import msgspec
 from fallow.domain.clock import Clock
 from fallow.domain.errors import FabricError
 from fallow.domain.fleet import ModelEntry, StoreAnnounced, Subjects
-from fallow.domain.frames import Chunk, FetchChunk, Frame, PeerAddress
+from fallow.domain.frames import FetchChunk, Frame, PeerAddress
 from fallow.domain.ids import Digest, NodeId
 from fallow.domain.model import Manifest
 from fallow.fabric.contract import Bus, Subscription
 from fallow.fabric.peers import Peers
 from fallow.models.store import Store
+from fallow.node.fetch import ChunkServer
 
 ANNOUNCE_INTERVAL_S: Final = 1.0
-READERS: Final = 2
-REQUESTS_MAX: Final = 1024
 
 log = logging.getLogger(__name__)
 
@@ -39,38 +38,33 @@ class StoreServer:
     ) -> None:
         self._store = store
         self._bus = bus
-        self._peers = peers
+        self._chunks = ChunkServer(store, peers)
         self._clock = clock
         self._subjects = subjects
         self._address = address
-        self._requests: asyncio.Queue[tuple[NodeId, FetchChunk]] = asyncio.Queue(REQUESTS_MAX)
         self._entries: dict[Digest, ModelEntry] = {}
-        self._tasks: list[asyncio.Task[None]] = []
+        self._announcing: asyncio.Task[None] | None = None
         self._subscription: Subscription | None = None
 
     async def start(self) -> None:
-        """Announce, and answer until `close`. Raises `BusUnavailable`."""
+        """Announce, and answer, until `close`. Raises `BusUnavailable`."""
         self._subscription = await self._bus.subscribe(self._subjects.hello, self._on_hello)
-        loop = asyncio.get_running_loop()
-        self._tasks = [loop.create_task(self._answer()) for _ in range(READERS)]
-        self._tasks.append(loop.create_task(self._announce_for_ever()))
+        self._announcing = asyncio.get_running_loop().create_task(self._announce_for_ever())
 
     async def close(self) -> None:
         if self._subscription is not None:
             await self._subscription.cancel()
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._announcing is not None:
+            self._announcing.cancel()
+            await asyncio.gather(self._announcing, return_exceptions=True)
+        await self._chunks.close()
 
     def on_frame(self, peer: NodeId, frame: Frame) -> bool:
         """Take a request for a chunk; `False` for other kinds. Never waits."""
         header = frame.header
         if not isinstance(header, FetchChunk):
             return False
-        try:
-            self._requests.put_nowait((peer, header))
-        except asyncio.QueueFull:
-            self._peers.post(peer, Frame(Chunk(digest=header.digest, index=header.index, found=False)))
+        self._chunks.handle(peer, header)
         return True
 
     async def announce(self) -> None:
@@ -121,14 +115,3 @@ class StoreServer:
             ),
             created_unix_s=int(path.stat().st_mtime) if path is not None else 0,
         )
-
-    async def _answer(self) -> None:
-        while True:
-            peer, wanted = await self._requests.get()
-            try:
-                content = await asyncio.to_thread(self._store.read_chunk, wanted.digest, wanted.index)
-                header = Chunk(digest=wanted.digest, index=wanted.index, found=content is not None)
-                # The asker dialled us, so its link is open; without it there is nobody to answer.
-                await self._peers.send(PeerAddress(peer, ()), Frame(header, content or b""))
-            except (FabricError, OSError) as error:
-                log.debug("a chunk for %s was not sent: %s", peer[:8], error)

@@ -1,8 +1,8 @@
 """Keeps child processes running: starts them, restarts those that die, and ends them gently.
 
 Rules
-- A child that dies is started again after a wait that doubles up to `RESTART_WAIT_MAX_S`; after `RESTARTS_MAX` deaths in
-  a row it is given up. One that ran for `STABLE_S` starts with a clean slate. Every restart is told.
+- A child that dies is started again after a wait that doubles up to `RESTART_WAIT_MAX_S`; after `RESTARTS_MAX` deaths
+  in a row it is given up. One that ran for `STABLE_S` starts with a clean slate. Every restart is told.
 - Children have their own session, so that Ctrl-C in a terminal reaches the supervisor alone and it decides the order.
 - A child's output goes to its log file. Logs are rotated by the child; what is here is its last words.
 

@@ -73,8 +73,8 @@ STOPPED = {
     "caller twice": "{% macro d() %}{{ caller() }}{{ caller() }}{% endmacro %}" + "{% call d() %}" * 15 + "a" * 999
     + "{% endcall %}" * 15,
     "nested parentheses": "{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}",
-    "long sum": "{{ 1" + "+1" * 50000 + " }}",
-    "many signs": "{{ " + "-" * 50000 + "1 }}",
+    "long sum": "{{ 1" + "+1" * 5000 + " }}",
+    "many signs": "{{ " + "-" * 5000 + "1 }}",
 }  # fmt: skip
 
 REFUSED = {
@@ -105,7 +105,9 @@ def test_forbidden_step_is_refused(source: str) -> None:
 
 
 def test_a_stopped_template_renders_again() -> None:
-    template = ChatTemplate("{% for m in messages %}{% for i in range(m.n) %}{% endfor %}{% endfor %}ok", {}, datetime.now)
+    template = ChatTemplate(
+        "{% for m in messages %}{% for i in range(m.n) %}{% endfor %}{% endfor %}ok", {}, datetime.now
+    )
     with pytest.raises(ModelError):
         template.render([{"n": 90_000}] * 4)
     assert template.render([{"n": 3}]) == "ok"

@@ -1,8 +1,9 @@
-"""Builders for the model tests: the committed family fixtures, and GGUF files made from them as llama.cpp makes them."""
+"""Builders for the model tests: the committed family fixtures, and GGUF files as llama.cpp makes them."""
 
 import json
 from pathlib import Path
 
+import msgspec
 import numpy as np
 from gguf import GGMLQuantizationType, GGUFWriter
 from gguf.quants import dequantize, quantize
@@ -16,8 +17,8 @@ FIXTURES = Path(__file__).parents[2] / "fixtures" / "families"
 FAMILIES = ("llama", "llama_rope", "mistral", "qwen2", "qwen3")
 
 TINY = ModelConfig(
-    family=Family.LLAMA, layer_count=2, hidden_size=32, head_count=2, kv_head_count=1, head_dim=16, intermediate_size=64,
-    vocab_size=40, context_length=64, norm_epsilon=1e-5, rope_theta=10000.0,
+    family=Family.LLAMA, layer_count=2, hidden_size=32, head_count=2, kv_head_count=1, head_dim=16,
+    intermediate_size=64, vocab_size=40, context_length=64, norm_epsilon=1e-5, rope_theta=10000.0,
 )  # fmt: skip
 LLAMA31 = Llama3RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_context_length=8192)
 
@@ -26,8 +27,8 @@ NAMES = {
     "down": "ffn_down",
 }  # fmt: skip
 VECTORS = {
-    "attention_norm": "attn_norm.weight", "mlp_norm": "ffn_norm.weight", "q_bias": "attn_q.bias", "k_bias": "attn_k.bias",
-    "v_bias": "attn_v.bias", "q_norm": "attn_q_norm.weight", "k_norm": "attn_k_norm.weight",
+    "attention_norm": "attn_norm.weight", "mlp_norm": "ffn_norm.weight", "q_bias": "attn_q.bias",
+    "k_bias": "attn_k.bias", "v_bias": "attn_v.bias", "q_norm": "attn_q_norm.weight", "k_norm": "attn_k_norm.weight",
 }  # fmt: skip
 
 
@@ -37,12 +38,12 @@ def blob(letter: str, size_bytes: int = 10) -> BlobRef:
 
 
 def tiny_manifest(**changes) -> Manifest:
-    fields = dict(
+    manifest = Manifest(
         format=1, name="tiny", config=TINY, quantisation=Quantisation.Q8, embedding=blob("a"),
         layers=(blob("b"), blob("c")), head=blob("d"), tokenizer=blob("e"), chat_template=None, bos_token_id=0,
         eos_token_ids=(1,),
     )  # fmt: skip
-    return Manifest(**{**fields, **changes})
+    return msgspec.structs.replace(manifest, **changes)
 
 
 def reference(family: str):
@@ -122,9 +123,13 @@ def gguf_tensors(source, *, permuted: bool):
     for layer in range(config.layer_count):
         for role, name in NAMES.items():
             values = matrix(role, layer)
-            tensors[f"blk.{layer}.{name}.weight"] = permute(values, heads[role]) if permuted and role in heads else values
+            tensors[f"blk.{layer}.{name}.weight"] = (
+                permute(values, heads[role]) if permuted and role in heads else values
+            )
         for role, name in VECTORS.items():
-            if (role.endswith("_bias") and not config.qkv_bias) or (role in ("q_norm", "k_norm") and not config.qk_norm):
+            if (role.endswith("_bias") and not config.qkv_bias) or (
+                role in ("q_norm", "k_norm") and not config.qk_norm
+            ):
                 continue
             tensors[f"blk.{layer}.{name}"] = source.tensor(role, layer).vector()
     return tensors
@@ -149,6 +154,7 @@ def tokenizer_metadata(folder: Path):
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in tokenizer["model"]["merges"]]
     return {
         "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "gpt-2", "tokenizer.ggml.tokens": tokens,
-        "tokenizer.ggml.token_type": [3 if token in special else 1 for token in tokens], "tokenizer.ggml.merges": merges,
+        "tokenizer.ggml.token_type": [3 if token in special else 1 for token in tokens],
+        "tokenizer.ggml.merges": merges,
         "tokenizer.ggml.bos_token_id": 0, "tokenizer.ggml.eos_token_id": 1, "tokenizer.ggml.unknown_token_id": 2,
     }  # fmt: skip

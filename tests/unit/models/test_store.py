@@ -1,6 +1,7 @@
 """The content-addressed store: verified blobs, resumable partial blobs, the index of models, garbage."""
 
 import hashlib
+import itertools
 import os
 import signal
 import subprocess
@@ -53,7 +54,7 @@ def test_how_a_blob_is_written_does_not_matter(tmp_path_factory, cuts):
     store = Store(tmp_path_factory.mktemp("store"))
     edges = [0, *sorted(cuts), len(CONTENT)]
     with store.writer() as writer:
-        for first, last in zip(edges, edges[1:], strict=False):
+        for first, last in itertools.pairwise(edges):
             writer.write(memoryview(CONTENT)[first:last])
         assert writer.commit() == ref_of(CONTENT)
 
@@ -103,7 +104,7 @@ def test_a_wrong_chunk_is_refused_and_changes_nothing(tmp_path):
     partial = store.partial(ref)
     wrong = bytearray(chunk_of(CONTENT, 1))
     wrong[77] ^= 1
-    with pytest.raises(BlobCorrupt, match="chunk 1 .* expected SHA-256"):
+    with pytest.raises(BlobCorrupt, match=r"chunk 1 .* expected SHA-256"):
         partial.write_chunk(1, wrong)
     with pytest.raises(BlobCorrupt, match="expected 1048576 bytes, got 5"):
         partial.write_chunk(1, b"short")

@@ -1,0 +1,127 @@
+"""`fallow up` and `fallow join`: start a service, lend a device."""
+
+import asyncio
+from typing import Annotated
+
+import typer
+
+from fallow.cli.options import ConfigFile, LogFile, ParentPid, StateDir, Verbose, say, set_up_logging, settings
+
+
+def up(
+    nodes: Annotated[int | None, typer.Option("--nodes", help="Devices to start on this machine.")] = None,
+    host: Annotated[
+        str | None,
+        typer.Option("--host", help="Interface of the control bus; 0.0.0.0 accepts devices of your network."),
+    ] = None,
+    port: Annotated[int | None, typer.Option("--port", help="Port of the API; 0 takes any free one.")] = None,
+    api_host: Annotated[
+        str | None, typer.Option("--api-host", help="Interface of the API; other than loopback it needs API keys.")
+    ] = None,
+    bus_port: Annotated[int | None, typer.Option("--bus-port", help="Port of the control bus.")] = None,
+    bus: Annotated[
+        str | None, typer.Option("--bus", help="Use this NATS server instead of starting one.", metavar="URL")
+    ] = None,
+    memory: Annotated[
+        str | None, typer.Option("--memory", help="Memory that each local device lends, such as 2GiB.", metavar="SIZE")
+    ] = None,
+    max_layer_share: Annotated[
+        float | None,
+        typer.Option("--max-layer-share", help="No device holds more than this share of a model's layers, e.g. 0.5."),
+    ] = None,
+    default_model: Annotated[
+        bool | None,
+        typer.Option("--default-model/--no-default-model", help="Import the default model when there is none yet."),
+    ] = None,
+    state_dir: StateDir = None,
+    config: ConfigFile = None,
+    verbose: Verbose = False,
+) -> None:
+    """Start the service on this machine: control bus, coordinator, gateway and, if you like, devices.
+
+    The first start fetches a small default model (98 MB). When everything runs, the API's address and the command with
+    which other devices join are printed. Processes that die are started again. Ctrl-C stops everything.
+
+    Examples:
+
+          fallow up --nodes 3                      three devices on this machine
+          fallow up --host 0.0.0.0 --nodes 1       other machines of the network can join
+          fallow up --nodes 3 --max-layer-share 0.5   no device holds more than half of a model
+    """
+    from fallow.processes.up import run
+
+    set_up_logging(verbose)
+    loaded = settings(
+        config,
+        {
+            "local_nodes": nodes,
+            "bus.host": host,
+            "bus.port": bus_port,
+            "bus.url": bus,
+            "gateway.host": api_host,
+            "gateway.port": port,
+            "node.memory_bytes": memory,
+            "placement.max_layer_share": max_layer_share,
+            "models.import_default": default_model,
+            "state_dir": state_dir,
+        },
+    )
+    asyncio.run(run(loaded, say))
+
+
+def join(
+    bus_url: Annotated[
+        str | None, typer.Argument(help="The url that `fallow up` printed. Without it: bus.url of the settings.")
+    ] = None,
+    name: Annotated[
+        str | None, typer.Option("--name", help="What people call this device; the host's name otherwise.")
+    ] = None,
+    memory: Annotated[
+        str | None,
+        typer.Option("--memory", help="Memory to lend, such as 2GiB; half of the machine's otherwise.", metavar="SIZE"),
+    ] = None,
+    kv_budget: Annotated[
+        str | None,
+        typer.Option(
+            "--kv-budget", help="The part of it for running answers' caches; a quarter otherwise.", metavar="SIZE"
+        ),
+    ] = None,
+    threads: Annotated[int | None, typer.Option("--threads", help="Processor threads to lend; all otherwise.")] = None,
+    listen: Annotated[
+        str | None,
+        typer.Option(
+            "--listen", help="Address for links from other devices, such as 0.0.0.0:7000.", metavar="HOST:PORT"
+        ),
+    ] = None,
+    state_dir: StateDir = None,
+    config: ConfigFile = None,
+    verbose: Verbose = False,
+    log_file: LogFile = None,
+    parent: ParentPid = None,
+) -> None:
+    """Lend this device to a running service until you stop it.
+
+    The device gets its part of a model from the service, checks it, and computes that part for whoever asks. Ctrl-C (or
+    SIGTERM) leaves politely: running answers move to other devices first. A second one stops at once.
+
+    Examples:
+
+          fallow join 'nats://fallow:…@192.168.1.10:4222'
+          fallow join 'nats://fallow:…@192.168.1.10:4222' --name desk --memory 4GiB --threads 4
+    """
+    from fallow.processes.node import run
+
+    set_up_logging(verbose, log_file)
+    loaded = settings(
+        config,
+        {
+            "bus.url": bus_url,
+            "node.name": name,
+            "node.memory_bytes": memory,
+            "node.kv_budget_bytes": kv_budget,
+            "node.threads": threads,
+            "node.listen": listen,
+            "state_dir": state_dir,
+        },
+    )
+    asyncio.run(run(loaded.config, parent))

@@ -1,0 +1,177 @@
+"""`fallow status`: who is there, what each device holds, and how the models fare; as tables or as JSON."""
+
+import asyncio
+from typing import Annotated, Final
+
+import msgspec
+import typer
+from rich.console import Group, RenderableType
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from fallow.cli.options import ConfigFile, StateDir, console, settings
+from fallow.config import Config
+from fallow.domain.fleet import FleetStatus, Heartbeat, HostedStage, ModelEntry, StageStatus, Subjects
+from fallow.domain.ids import Digest, NodeId
+
+STATUS_TIMEOUT_S: Final = 3.0
+REFRESH_S: Final = 1.0
+SHORT_ID_CHARS: Final = 8
+SILENT_WARN_S: Final = 2.5
+
+_STATUS_STYLES = {
+    StageStatus.READY: "green",
+    StageStatus.FETCHING: "yellow",
+    StageStatus.LOADING: "yellow",
+    StageStatus.FAILED: "red",
+}
+
+
+def status(
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON, for scripts.")] = False,
+    watch: Annotated[bool, typer.Option("--watch", "-w", help="Keep showing it until Ctrl-C.")] = False,
+    bus: Annotated[
+        str | None,
+        typer.Option("--bus", help="The bus of a service elsewhere; the one on this machine otherwise.", metavar="URL"),
+    ] = None,
+    state_dir: StateDir = None,
+    config: ConfigFile = None,
+) -> None:
+    """Show devices, models and gateways.
+
+    A device's layers are half-open spans: [0,15) holds layers 0 to 14. A model is servable when devices that are here hold
+    all of its layers.
+
+    Examples:
+
+          fallow status
+          fallow status --watch
+          fallow status --json | jq .nodes
+    """
+    loaded = settings(config, {"bus.url": bus, "state_dir": state_dir}).config
+    asyncio.run(_show(_with_bus(loaded), as_json, watch))
+
+
+def _with_bus(config: Config) -> Config:
+    """The settings with the bus of the service that runs here, when none is named."""
+    from fallow.processes.runfile import running
+
+    found = running(config.state_dir)
+    if config.bus.url is not None or found is None:
+        return config
+    return msgspec.structs.replace(config, cell=found.cell, bus=msgspec.structs.replace(config.bus, url=found.bus_url))
+
+
+async def _show(config: Config, as_json: bool, watch: bool) -> None:
+    from fallow import wiring
+    from fallow.domain.errors import BusTimeout, BusUnavailable, ConfigError
+
+    if config.bus.url is None:
+        raise ConfigError("No service runs here. Start one with `fallow up`, or name its bus with --bus URL.")
+    bus = await wiring.open_bus(config, "status")
+    subject = Subjects(config.cell).status
+
+    async def ask() -> FleetStatus:
+        try:
+            return msgspec.json.decode(await bus.request(subject, b"", STATUS_TIMEOUT_S), type=FleetStatus)
+        except (BusTimeout, BusUnavailable) as error:
+            raise type(error)(f"The coordinator does not answer ({error.message}); it may be starting.") from error
+
+    try:
+        if as_json:
+            console.out(msgspec.json.encode(await ask()).decode(), highlight=False)
+        elif watch:
+            with Live(console=console, auto_refresh=False, screen=True) as live:
+                while True:
+                    live.update(tables(await ask()), refresh=True)
+                    await asyncio.sleep(REFRESH_S)
+        else:
+            console.print(tables(await ask()))
+    finally:
+        await bus.close()
+
+
+def tables(fleet: FleetStatus) -> RenderableType:
+    """What the coordinator knows, for people."""
+    names = {beat.node: beat.name for beat in fleet.nodes}
+    models = {entry.model: entry.name for entry in fleet.models}
+    parts: list[RenderableType] = [_devices(fleet, models), Text(), _models(fleet)]
+    for gateway in fleet.gateways:
+        parts += [Text(), Text(f"Gateway {gateway.url or gateway.gateway[:SHORT_ID_CHARS]}", style="bold")]
+        parts.append(Text(f"{_count(gateway.sessions, 'answer')} running, {gateway.tokens_per_s:.1f} tokens/s"))
+        parts += [Text("  " + " → ".join(_name(node, names) for node in chain)) for chain in gateway.chains]
+    if fleet.dropped_messages:
+        dropped = ", ".join(f"{count} {kind}" for kind, count in sorted(fleet.dropped_messages.items()))
+        parts += [Text(), Text(f"Messages that were not believed: {dropped}", style="yellow")]
+    return Group(*parts)
+
+
+def _devices(fleet: FleetStatus, models: dict[Digest, str]) -> RenderableType:
+    if not fleet.nodes:
+        return Text("No device has joined yet. `fallow up` printed the command with which one does.")
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("device", "holds", "memory", "KV free", "sessions", "rows/s", "heard"):
+        table.add_column(column, justify="left" if column in ("device", "holds") else "right")
+    for beat in sorted(fleet.nodes, key=lambda each: each.name):
+        silent_s = fleet.silent_s.get(beat.node, 0.0)
+        table.add_row(
+            Text(f"{beat.name} ({beat.node[:SHORT_ID_CHARS]})"),
+            _holds(beat, models),
+            _gib(beat.memory_bytes),
+            _gib(beat.kv_free_bytes),
+            str(beat.session_count),
+            f"{beat.tokens_per_s:.1f}",
+            Text(f"{silent_s:.1f} s ago", style="red" if silent_s > SILENT_WARN_S else ""),
+        )
+    return table
+
+
+def _holds(beat: Heartbeat, models: dict[Digest, str]) -> Text:
+    text = Text("\n").join([_stage(hosted, models) for hosted in beat.hosted]) if beat.hosted else Text("nothing yet")
+    return Text("leaving; ", style="yellow") + text if beat.draining else text
+
+
+def _stage(hosted: HostedStage, models: dict[Digest, str]) -> Text:
+    spans = " ".join(str(span) for span in hosted.stage.spans())
+    model = models.get(hosted.stage.model, hosted.stage.model[:SHORT_ID_CHARS])
+    text = Text(f"{model} {spans} ")
+    share = f" {hosted.progress:.0%}" if hosted.status is StageStatus.FETCHING else ""
+    text.append(f"{hosted.status}{share}", style=_STATUS_STYLES[hosted.status])
+    if hosted.error:
+        text.append(f": {hosted.error}", style="red")
+    return text
+
+
+def _models(fleet: FleetStatus) -> RenderableType:
+    if not fleet.models:
+        return Text("No model is served. Add one with `fallow model add default`.")
+    table = Table("model", "layers", "stored as", "size", "servable", box=None, pad_edge=False, header_style="bold")
+    for entry in fleet.models:
+        table.add_row(
+            entry.name, str(entry.config.layer_count), entry.quantisation, _size(entry), _servable(entry, fleet)
+        )
+    return table
+
+
+def _servable(entry: ModelEntry, fleet: FleetStatus) -> Text:
+    if entry.servable:
+        return Text("yes", style="green")
+    return Text(fleet.unplaceable.get(entry.model, "not yet"), style="yellow")
+
+
+def _size(entry: ModelEntry) -> str:
+    embedding, head, layers = entry.weights_bytes
+    return f"{(embedding + head + sum(layers)) / 1e6:.0f} MB"
+
+
+def _gib(size_bytes: int) -> str:
+    return f"{size_bytes / (1 << 30):.2f} GiB"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def _name(node: NodeId, names: dict[NodeId, str]) -> str:
+    return names.get(node, node[:SHORT_ID_CHARS])

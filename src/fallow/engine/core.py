@@ -1,0 +1,392 @@
+"""Sessions, their steps, and what is computed next: the engine without its process. Synchronous; does no I/O but files.
+
+Rules
+- Steps and rewinds of a session happen in the order given. `turn` computes one call: the next row of every session
+  that has a decode step, or one chunk of one prefill; `policy/batching.py` says which.
+- A step is checked when its turn comes: a wrong one is refused and leaves its session as it was.
+- A prefill step is cut into chunks, and a decode step of several rows (a cache that is rebuilt) into single rows, so
+  that each row is computed exactly as it was, or would have been, the first time.
+- Freeing a session ends its steps with `UnknownSession`.
+"""
+
+import time
+from collections import deque
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fallow.domain.errors import EngineError, FallowError, KvExhausted, NumericFault, PositionMismatch, UnknownSession
+from fallow.domain.frames import MAX_FRAME_BYTES, MAX_ROWS_PER_FRAME, Phase
+from fallow.domain.ids import Digest, SessionId
+from fallow.domain.model import Manifest, Span, StageSpec
+from fallow.engine.contract import PREFILL_CHUNK_ROWS, Loaded, Step, Stepped
+from fallow.engine.head import log_probabilities, top_log_probabilities
+from fallow.engine.hosted import DecodeRow, HostedModel
+from fallow.engine.kv import KvBudget
+from fallow.engine.piece import HEAD_ROWS_MAX
+from fallow.engine.settings import EngineSettings
+from fallow.policy.batching import Turn, chunk_rows, next_turn
+
+Array = NDArray[Any]
+Outcome = tuple[int, Stepped | FallowError | None]
+"""A ticket and what became of it; `None` for a rewind that was done."""
+
+
+class _Run:
+    """A step on its way: rows done so far, and what has come out."""
+
+    __slots__ = ("compute_s", "done", "faulty", "hidden", "ids", "log_probabilities", "rows", "step", "ticket")
+
+    def __init__(self, ticket: int, step: Step) -> None:
+        self.ticket = ticket
+        self.step = step
+        self.rows: Array | None = None
+        self.done = 0
+        self.compute_s = 0.0
+        self.faulty = False
+        self.hidden: list[bytes] = []
+        self.ids: list[bytes] = []
+        self.log_probabilities: list[bytes] = []
+
+    def next_row(self) -> Array:
+        assert self.rows is not None
+        row: Array = self.rows[self.done]
+        return row
+
+    def add_logits(self, logits: NDArray[np.float32]) -> None:
+        """Keep one row's log-probabilities. Raises `NumericFault`."""
+        if self.step.top_k is None:
+            self.log_probabilities.append(log_probabilities(logits).tobytes())
+            return
+        ids, values = top_log_probabilities(logits, min(self.step.top_k, len(logits)))
+        self.ids.append(ids.tobytes())
+        self.log_probabilities.append(values.tobytes())
+
+    def result(self, vocab_size: int, has_head: bool) -> Stepped:
+        if not has_head:
+            return Stepped(payload=b"".join(self.hidden), logit_count=0, k=None, compute_s=self.compute_s)
+        top_k = self.step.top_k
+        return Stepped(
+            payload=b"".join(self.ids + self.log_probabilities),
+            logit_count=len(self.log_probabilities),
+            k=None if top_k is None else min(top_k, vocab_size),
+            compute_s=self.compute_s,
+        )
+
+
+class _Rewind:
+    """A rewind that waits for the steps before it."""
+
+    __slots__ = ("position", "ticket")
+
+    def __init__(self, ticket: int, position: int) -> None:
+        self.ticket = ticket
+        self.position = position
+
+
+class _Session:
+    __slots__ = ("hosted", "id", "model", "queue", "reserved_tokens", "slot", "span")
+
+    def __init__(self, name: SessionId, model: Digest, hosted: HostedModel, span: Span, slot: int) -> None:
+        self.id = name
+        self.model = model
+        self.hosted = hosted
+        self.span = span
+        self.slot = slot
+        self.reserved_tokens = 0
+        self.queue: deque[_Run | _Rewind] = deque()
+
+    @property
+    def position(self) -> int:
+        return int(self.hosted.lengths[self.slot])
+
+    @position.setter
+    def position(self, position: int) -> None:
+        self.hosted.lengths[self.slot] = position
+
+    @property
+    def takes_tokens(self) -> bool:
+        return self.span.first == 0
+
+    @property
+    def has_head(self) -> bool:
+        return self.span.last == self.hosted.config.layer_count
+
+
+class EngineCore:
+    """Hosted models and their sessions. `turn` is called until there is nothing to do."""
+
+    def __init__(self, settings: EngineSettings) -> None:
+        self.settings = settings
+        self.budget = KvBudget(settings.kv_budget_bytes)
+        self._models: dict[Digest, HostedModel] = {}
+        self._sessions: dict[SessionId, _Session] = {}
+        self._decoding: dict[SessionId, _Session] = {}
+        self._prefilling: deque[_Session] = deque()
+        self._previous = Turn.WAIT
+        self._outcomes: list[Outcome] = []
+
+    @property
+    def session_count(self) -> int:
+        return len(self._sessions)
+
+    # --- models ---------------------------------------------------------------------------------
+
+    def load(self, stage: StageSpec, manifest: Manifest, files: Mapping[Digest, Path]) -> Loaded:
+        """See `StageEngine.load`."""
+        started_s = time.perf_counter()
+        hosted = self._models.get(stage.model) or HostedModel(manifest, self.settings)
+        hosted.commit(hosted.prepare(stage, files))
+        self._models[stage.model] = hosted
+        for session in list(self._sessions.values()):
+            if session.hosted is hosted and not hosted.pieces_of(session.span):
+                self.free(session.id)
+        layers = Span(0, stage.layer_count)
+        return Loaded(
+            weights_bytes=hosted.weights_bytes,
+            kv_bytes_per_token=hosted.kv_bytes_per_token(layers),
+            load_s=time.perf_counter() - started_s,
+            speed=hosted.speed(),
+        )
+
+    def unload(self, model: Digest) -> None:
+        for session in list(self._sessions.values()):
+            if session.model == model:
+                self.free(session.id)
+        self._models.pop(model, None)
+
+    # --- sessions -------------------------------------------------------------------------------
+
+    def open(self, name: SessionId, model: Digest, span: Span, reserve_tokens: int) -> None:
+        """Raises `KvExhausted`, or `EngineError` for a span that is not hosted or a session that is already here."""
+        hosted = self._models.get(model)
+        if hosted is None or not hosted.pieces_of(span):
+            there = "nothing" if hosted is None else ", ".join(map(str, hosted.stage_pieces))
+            raise EngineError(f"span {span} is not hosted: of this model there is {there}")
+        if name in self._sessions:
+            raise EngineError(f"session {name} is already open")
+        session = _Session(name, model, hosted, span, hosted.take_slot())
+        try:
+            self._grow(session, reserve_tokens)
+        except EngineError:
+            hosted.give_slot(session.slot)
+            raise
+        self._sessions[name] = session
+
+    def reserve(self, name: SessionId, reserve_tokens: int) -> None:
+        """Raises `UnknownSession`, `KvExhausted`."""
+        self._grow(self._session(name), reserve_tokens)
+
+    def rewind(self, ticket: int, name: SessionId, position: int) -> None:
+        """Queue a rewind behind the session's steps. Raises `UnknownSession`."""
+        session = self._session(name)
+        session.queue.append(_Rewind(ticket, position))
+        if len(session.queue) == 1:
+            self._advance(session)
+
+    def free(self, name: SessionId) -> None:
+        session = self._sessions.pop(name, None)
+        if session is None:
+            return
+        self._decoding.pop(name, None)
+        if session in self._prefilling:
+            self._prefilling.remove(session)
+        for waiting in session.queue:
+            self._outcomes.append(
+                (waiting.ticket, UnknownSession(f"session {name} was freed before its step was done"))
+            )
+        session.queue.clear()
+        self.budget.release(session.reserved_tokens * session.hosted.kv_bytes_per_token(session.span))
+        session.hosted.give_slot(session.slot)
+
+    def step(self, ticket: int, step: Step) -> None:
+        """Queue a step. Raises `UnknownSession`."""
+        session = self._session(step.session)
+        session.queue.append(_Run(ticket, step))
+        if len(session.queue) == 1:
+            self._advance(session)
+
+    def _session(self, name: SessionId) -> _Session:
+        session = self._sessions.get(name)
+        if session is None:
+            raise UnknownSession(f"session {name} is not open on this engine")
+        return session
+
+    def _grow(self, session: _Session, reserve_tokens: int) -> None:
+        hosted = session.hosted
+        if reserve_tokens < 1:
+            raise EngineError(f"a reservation is 1 token or more, not {reserve_tokens}")
+        if reserve_tokens > hosted.max_tokens:
+            raise KvExhausted(f"a session has at most {hosted.max_tokens} tokens on this device, not {reserve_tokens}")
+        more = reserve_tokens - session.reserved_tokens
+        if more > 0:
+            self.budget.reserve(more * hosted.kv_bytes_per_token(session.span))
+            session.reserved_tokens = reserve_tokens
+
+    # --- queues ---------------------------------------------------------------------------------
+
+    def _advance(self, session: _Session) -> None:
+        """Bring the head of a session's queue on its way: do rewinds, refuse bad steps, line up the first good one."""
+        while session.queue:
+            head = session.queue[0]
+            try:
+                if isinstance(head, _Rewind):
+                    self._do_rewind(session, head)
+                else:
+                    head.rows = self._check(session, head.step)
+                    if head.step.phase is Phase.DECODE:
+                        self._decoding[session.id] = session
+                    else:
+                        self._prefilling.append(session)
+                    return
+            except FallowError as error:
+                self._outcomes.append((head.ticket, error))
+            session.queue.popleft()
+
+    def _do_rewind(self, session: _Session, rewind: _Rewind) -> None:
+        if not 0 <= rewind.position <= session.position:
+            raise PositionMismatch(f"session {session.id} is at {session.position}, not past {rewind.position}")
+        session.position = rewind.position
+        self._outcomes.append((rewind.ticket, None))
+
+    def _check(self, session: _Session, step: Step) -> Array:
+        """Refuse a step that does not fit its session, or give its input rows `[count, H]`."""
+        if not 0 < step.count <= MAX_ROWS_PER_FRAME:
+            raise EngineError(f"a step has 1 to {MAX_ROWS_PER_FRAME} rows, not {step.count}")
+        if step.position != session.position:
+            raise PositionMismatch(f"session {session.id} is at {session.position}, not at {step.position}")
+        if step.position + step.count > session.reserved_tokens:
+            raise PositionMismatch(
+                f"session {session.id} reserved {session.reserved_tokens} tokens; rows up to "
+                f"{step.position + step.count} do not fit"
+            )
+        hosted = session.hosted
+        if session.has_head:
+            _check_result_size(step, hosted.config.vocab_size)
+        dtype = np.dtype(np.int32) if session.takes_tokens else hosted.wire
+        width = 1 if session.takes_tokens else hosted.config.hidden_size
+        wanted, got = step.count * width * dtype.itemsize, memoryview(step.payload).nbytes
+        if wanted != got:
+            raise EngineError(f"{step.count} rows for {session.span} are {wanted} bytes, not {got}")
+        rows = np.frombuffer(step.payload, dtype).reshape(step.count, width)
+        if not session.takes_tokens:
+            return rows
+        assert hosted.embedding is not None
+        ids = rows[:, 0]
+        if int(ids.min()) < 0 or int(ids.max()) >= hosted.config.vocab_size:
+            raise EngineError(f"token ids are 0 to {hosted.config.vocab_size - 1}, not {int(ids.min())} to {ids.max()}")
+        return hosted.embedding.rows(ids)
+
+    # --- computing ------------------------------------------------------------------------------
+
+    def turn(self) -> Turn:
+        """Compute one call, if there is anything to compute. What came of it is in `outcomes`."""
+        turn = next_turn(self._previous, len(self._decoding), len(self._prefilling))
+        self._previous = turn
+        if turn is Turn.DECODE:
+            self._decode()
+        elif turn is Turn.PREFILL:
+            self._prefill()
+        return turn
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._decoding or self._prefilling)
+
+    def outcomes(self) -> list[Outcome]:
+        """What was finished or refused since the last call."""
+        outcomes, self._outcomes = self._outcomes, []
+        return outcomes
+
+    def _decode(self) -> None:
+        """The next row of every session that has a decode step, model by model."""
+        sessions = list(self._decoding.values())
+        for hosted in self._models.values():
+            mine = [session for session in sessions if session.hosted is hosted]
+            if mine:
+                self._decode_model(hosted, mine)
+
+    def _decode_model(self, hosted: HostedModel, sessions: list[_Session]) -> None:
+        started_s = time.perf_counter()
+        runs = [_current(session) for session in sessions]
+        rows = [
+            DecodeRow(session.slot, session.span, run.next_row()) for session, run in zip(sessions, runs, strict=True)
+        ]
+        leaving = hosted.decode(rows)
+        wanted = [
+            (run, row)
+            for session, run, row in zip(sessions, runs, leaving, strict=True)
+            if row is not None and session.has_head and session.position >= run.step.logits_from
+        ]
+        _add_logits(hosted, wanted)
+        elapsed_s = time.perf_counter() - started_s
+        for session, run, row in zip(sessions, runs, leaving, strict=True):
+            self._account(session, run, elapsed_s, None if row is None else row[None])
+
+    def _prefill(self) -> None:
+        """One chunk of the session that has waited longest."""
+        session = self._prefilling.popleft()
+        run = _current(session)
+        assert run.rows is not None
+        started_s = time.perf_counter()
+        count = chunk_rows(run.step.count - run.done, len(self._decoding), PREFILL_CHUNK_ROWS)
+        leaving = session.hosted.prefill(session.slot, session.span, run.rows[run.done : run.done + count])
+        if leaving is not None and session.has_head:
+            first = max(0, run.step.logits_from - session.position)
+            _add_logits(session.hosted, [(run, row) for row in leaving[first:]])
+        self._account(session, run, time.perf_counter() - started_s, leaving)
+        if session.queue and session.queue[0] is run:
+            self._prefilling.append(session)
+
+    def _account(self, session: _Session, run: _Run, elapsed_s: float, leaving: Array | None) -> None:
+        """Move a run on by the rows that were computed, and end it when it is done or at fault."""
+        run.compute_s += elapsed_s
+        if leaving is None or run.faulty:
+            session.position = run.step.position
+            self._end(session, run, NumericFault(f"rows of {session.span} from {run.step.position} are not finite"))
+            return
+        session.position += len(leaving)
+        run.done += len(leaving)
+        if not session.has_head:
+            run.hidden.append(leaving.tobytes())
+        if run.done == run.step.count:
+            self._end(session, run, run.result(session.hosted.config.vocab_size, session.has_head))
+
+    def _end(self, session: _Session, run: _Run, result: Stepped | FallowError) -> None:
+        self._outcomes.append((run.ticket, result))
+        self._decoding.pop(session.id, None)
+        session.queue.popleft()
+        self._advance(session)
+
+
+def _current(session: _Session) -> _Run:
+    run = session.queue[0]
+    assert isinstance(run, _Run)
+    return run
+
+
+def _add_logits(hosted: HostedModel, wanted: list[tuple[_Run, Array]]) -> None:
+    """Log-probabilities of these final rows `[H]`, added to their runs; not finite ones make their run faulty."""
+    assert hosted.head is not None or not wanted
+    for start in range(0, len(wanted), HEAD_ROWS_MAX):
+        part = wanted[start : start + HEAD_ROWS_MAX]
+        assert hosted.head is not None
+        logits = hosted.head.logits(np.stack([row for _, row in part]))
+        for (run, _), row_logits in zip(part, logits, strict=True):
+            try:
+                run.add_logits(row_logits)
+            except NumericFault:
+                run.faulty = True
+
+
+def _check_result_size(step: Step, vocab_size: int) -> None:
+    """Refuse a step whose answer would not fit a frame, or that asks for less than one log-probability."""
+    if step.top_k is not None and step.top_k < 1:
+        raise EngineError(f"top_k is 1 or more, or none for the full vocabulary; not {step.top_k}")
+    k = vocab_size if step.top_k is None else min(step.top_k, vocab_size)
+    rows = step.position + step.count - max(step.position, step.logits_from)
+    if rows * k * 8 > MAX_FRAME_BYTES:
+        raise EngineError(f"log-probabilities for {rows} rows of {k} tokens do not fit a frame; ask for fewer")

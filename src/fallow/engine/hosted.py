@@ -1,0 +1,233 @@
+"""A model's pieces on this device, and calls through runs of them. It knows slots and positions, not sessions.
+
+Rules
+- A slot is the same in every piece. `lengths[slot]` is how many tokens of it are valid.
+- A decode call runs piece by piece, in windows of neighbouring slots; sessions enter and leave at piece edges. A pad
+  writes at its own slot's next position, never below its length, so it cannot hurt the session that owns the slot.
+- A row that is not finite is that row's fault alone.
+"""
+
+import time
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from fallow.domain.errors import EngineError
+from fallow.domain.fleet import Speed
+from fallow.domain.ids import Digest
+from fallow.domain.model import Manifest, Span, StageSpec, cut_points
+from fallow.engine.graph import wire_dtype
+from fallow.engine.kv import Slots, slot_length
+from fallow.engine.piece import Head, Piece, Workspace
+from fallow.engine.settings import EngineSettings
+from fallow.engine.weights import Embedding, Files, kv_bytes_per_token
+from fallow.policy.batching import Window, decode_windows
+
+SPEED_BATCHES = (1, 4, 8)
+SPEED_POSITION = 128
+"""Context at which the speed is measured."""
+SPEED_CALLS = 2
+"""Timed calls per batch size; the fastest counts, since others use the processor too."""
+
+Array = NDArray[Any]
+
+
+class DecodeRow(msgspec.Struct):
+    """One row of a session in a decode call: `x [H]` in the wire type goes in."""
+
+    slot: int
+    span: Span
+    x: Array
+
+
+class HostedModel:
+    """The pieces of one model, its embedding and its head."""
+
+    def __init__(self, manifest: Manifest, settings: EngineSettings) -> None:
+        self.manifest = manifest
+        self.config = manifest.config
+        self.wire = wire_dtype(manifest.quantisation)
+        self.pieces: tuple[Piece, ...] = ()
+        self.embedding: Embedding | None = None
+        self.head: Head | None = None
+        self.max_len = slot_length(self.config.context_length, settings.max_session_tokens)
+        self.max_tokens = min(self.config.context_length, settings.max_session_tokens)
+        self.slots = Slots(settings.slots_max)
+        self.lengths = np.zeros(settings.slots_max, np.int64)
+        self._settings = settings
+        self._workspace = Workspace(manifest, settings.slots_max)
+        self._rows = np.zeros((settings.slots_max, self.config.hidden_size), self.wire)
+        self._final = np.zeros((settings.slots_max, self.config.hidden_size), np.float32)
+        self._piece_speed: dict[Span, tuple[float, ...]] = {}
+
+    # --- what is hosted -------------------------------------------------------------------------
+
+    @property
+    def stage_pieces(self) -> tuple[Span, ...]:
+        return tuple(piece.span for piece in self.pieces)
+
+    @property
+    def weights_bytes(self) -> int:
+        parts = [*self.pieces, *(part for part in (self.head, self.embedding) if part is not None)]
+        sizes: dict[Digest, int] = {}
+        for part in parts:
+            sizes.update(part.sizes_bytes)  # a tied head and the embedding are one file
+        return sum(sizes.values())
+
+    def kv_bytes_per_token(self, span: Span) -> int:
+        return kv_bytes_per_token(self.config, span.layer_count)
+
+    def prepare(self, stage: StageSpec, files: Files) -> "Prepared":
+        """Build what is missing of a stage, leaving what is hosted untouched. Raises `ModelError`, `EngineError`."""
+        check_pieces(stage, self.config.layer_count)
+        kept = {piece.span: piece for piece in self.pieces}
+        pieces = [kept.get(span) or self._build(span, files) for span in stage.pieces]
+        takes_tokens, has_head = stage.pieces[0].first == 0, stage.pieces[-1].last == self.config.layer_count
+        head = (self.head or Head(self.manifest, files, self._settings.threads)) if has_head else None
+        embedding = (self.embedding or Embedding(files, self.manifest)) if takes_tokens else None
+        return Prepared(pieces=tuple(pieces), head=head, embedding=embedding)
+
+    def commit(self, prepared: "Prepared") -> None:
+        """Host what was prepared; whatever is not part of it goes."""
+        self.pieces, self.head, self.embedding = prepared.pieces, prepared.head, prepared.embedding
+        hosted = set(self.stage_pieces)
+        self._piece_speed = {span: times for span, times in self._piece_speed.items() if span in hosted}
+
+    def pieces_of(self, span: Span) -> tuple[Piece, ...]:
+        """The hosted pieces that make up `span`; empty when they do not."""
+        chosen = tuple(piece for piece in self.pieces if span.covers(piece.span))
+        contiguous = all(one.span.last == other.span.first for one, other in pairwise(chosen))
+        fits = chosen and contiguous and chosen[0].span.first == span.first and chosen[-1].span.last == span.last
+        return chosen if fits else ()
+
+    def speed(self) -> Speed:
+        """Seconds a layer for calls of 1, 4 and 8 decode rows, over all pieces. The head is not counted."""
+        layers = sum(span.layer_count for span in self._piece_speed) or 1
+        one, four, eight = (sum(times[i] for times in self._piece_speed.values()) / layers for i in range(3))
+        return Speed(layer_s_1=one, layer_s_4=four, layer_s_8=eight)
+
+    def _build(self, span: Span, files: Files) -> Piece:
+        settings = self._settings
+        piece = Piece(self.manifest, span, files, self._workspace, settings.slots_max, self.max_len, settings.threads)
+        self._piece_speed[span] = self._measure(piece)
+        return piece
+
+    def _measure(self, piece: Piece) -> tuple[float, ...]:
+        """Time a new piece. Its cache is empty, so writing anywhere in it is harmless; the memory is given back."""
+        position = min(SPEED_POSITION, self.max_len // 2)
+        times = []
+        for batch in SPEED_BATCHES:
+            rows = min(batch, self._settings.slots_max)
+            self._workspace.decode_at(np.full(rows, position, np.int64))
+            piece.run(0, rows, 1)
+            times.append(min(_timed(piece, rows) for _ in range(SPEED_CALLS)))
+        for slot in range(min(SPEED_BATCHES[-1], self._settings.slots_max)):
+            piece.release(slot)
+        return tuple(times)
+
+    # --- slots ----------------------------------------------------------------------------------
+
+    def take_slot(self) -> int:
+        """Raises `KvExhausted`."""
+        slot = self.slots.take()
+        self.lengths[slot] = 0
+        return slot
+
+    def give_slot(self, slot: int) -> None:
+        self.lengths[slot] = 0
+        self.slots.give(slot)
+        for piece in self.pieces:
+            piece.release(slot)
+
+    # --- calls ----------------------------------------------------------------------------------
+
+    def decode(self, rows: Sequence[DecodeRow]) -> list[Array | None]:
+        """One row for each of these sessions, each at its slot's length. Returns what leaves each span: `[H]` in the
+        wire type, float32 after the last layer, or `None` for a row that is not finite. Lengths are not changed.
+        """
+        hidden = self._rows
+        for row in rows:
+            hidden[row.slot] = row.x
+        for piece in self.pieces:
+            slots = sorted(row.slot for row in rows if row.span.covers(piece.span))
+            if slots:
+                for window in decode_windows(slots, len(self.lengths)):
+                    self._decode_window(piece, window, slots)
+        return [self._leaving(row) for row in rows]
+
+    def _decode_window(self, piece: Piece, window: Window, slots: Sequence[int]) -> None:
+        first, count, space = window.first, window.count, self._workspace
+        end = first + count
+        space.x[:count] = self._rows[first:end]
+        space.decode_at(self.lengths[first:end])
+        piece.run(first, count, 1)
+        target = self._final if piece.is_last else self._rows
+        inside = [slot for slot in slots if first <= slot < end]
+        if len(inside) == count:
+            target[first:end] = piece.output[:count]
+        else:  # a pad's slot may belong to a session that only enters at a later piece
+            for slot in inside:
+                target[slot] = piece.output[slot - first]
+
+    def _leaving(self, row: DecodeRow) -> Array | None:
+        source = self._final if row.span.last == self.config.layer_count else self._rows
+        leaving: Array = source[row.slot].copy()
+        return leaving if finite_rows(leaving[None]) else None
+
+    def prefill(self, slot: int, span: Span, x: Array) -> Array | None:
+        """Rows `[N, H]` of one session from its slot's length on; a lone row is computed like one among others.
+
+        Returns `[N, H]` as `decode` does, valid until the next call, or `None` when a row is not finite.
+        """
+        space, count = self._workspace, len(x)
+        rows = max(count, 2)
+        space.x[:count] = x
+        space.x[count:rows] = 0
+        space.prefill_at(int(self.lengths[slot]), rows)
+        output = space.y
+        for piece in self.pieces_of(span):
+            if output is not space.y or piece.span.first != span.first:
+                space.x[:rows] = output[:rows]
+            piece.run(slot, 1, rows)
+            output = piece.output
+        leaving = output[:count]
+        return leaving if finite_rows(leaving) else None
+
+
+class Prepared(msgspec.Struct, frozen=True):
+    """A stage that is built but not hosted yet."""
+
+    pieces: tuple[Piece, ...]
+    head: Head | None
+    embedding: Embedding | None
+
+
+def check_pieces(stage: StageSpec, layer_count: int) -> None:
+    """Raise `EngineError` unless the pieces are ascending, inside the model, and end at its cut points."""
+    if not stage.pieces:
+        raise EngineError("a stage needs at least one piece")
+    edges = {0, layer_count, *cut_points(layer_count)}
+    end = 0
+    for piece in stage.pieces:
+        if not (end <= piece.first < piece.last <= layer_count):
+            raise EngineError(f"piece {piece} is empty, overlaps another or is not inside {layer_count} layers")
+        if piece.first not in edges or piece.last not in edges:
+            raise EngineError(f"piece {piece} does not end at cut points: {', '.join(map(str, sorted(edges)))}")
+        end = piece.last
+
+
+def finite_rows(rows: Array) -> bool:
+    """Whether every value of `[N, H]` is a number."""
+    if rows.dtype == np.float16:  # numpy has no fast path for float16: look at the exponents
+        return int((rows.view(np.uint16) & 0x7C00).max()) != 0x7C00
+    return bool(np.isfinite(rows).all())
+
+
+def _timed(piece: Piece, rows: int) -> float:
+    started_s = time.perf_counter()
+    piece.run(0, rows, 1)
+    return time.perf_counter() - started_s

@@ -1,0 +1,172 @@
+"""One graph with its weights, its KV cache and its bindings: rows of neighbouring slots in, rows out.
+
+Rules
+- All inputs and outputs are bound once per window to fixed memory (`Workspace`), so that a decode call binds nothing.
+- The keys and values that a call appends go straight into the cache: past and present are bound to the same address.
+- A batch has one row a session, or one session has two rows or more; the kernel refuses the rest.
+
+It knows slots and positions, not sessions, and checks nothing: its caller has.
+"""
+
+from collections import OrderedDict
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from fallow.domain.errors import EngineError
+from fallow.domain.model import Manifest, Span
+from fallow.engine.contract import PREFILL_CHUNK_ROWS
+from fallow.engine.graph import Graph, head_graph, piece_graph, wire_dtype
+from fallow.engine.kv import LayerCache
+from fallow.engine.weights import Files, Weights, head_weights, piece_weights
+
+BINDINGS_MAX = 128
+"""Windows whose bindings a piece keeps; making one costs about 40 µs a layer."""
+HEAD_ROWS_MAX = 16
+"""Rows of one call of the head: bounds the memory of logits over large vocabularies."""
+
+Array = NDArray[Any]
+
+
+class Workspace:
+    """The memory that all calls of a model's pieces share. Sizes: `rows` rows or slots, whichever is more."""
+
+    def __init__(self, manifest: Manifest, slots: int) -> None:
+        hidden = manifest.config.hidden_size
+        rows = max(PREFILL_CHUNK_ROWS, slots)
+        self.x: Array = np.zeros((rows, hidden), wire_dtype(manifest.quantisation))
+        self.y: Array = np.zeros_like(self.x)
+        self.final = np.zeros((rows, hidden), np.float32)
+        self.positions = np.zeros(rows, np.int64)
+        self.lengths = np.zeros(slots, np.int32)
+        self.longest = np.zeros(1, np.int32)
+
+    def decode_at(self, positions: NDArray[np.int64]) -> None:
+        """Set the inputs for one row a slot, at these positions `[B]`."""
+        count = len(positions)
+        self.positions[:count] = positions
+        self.lengths[:count] = positions
+        self.longest[0] = positions.max() + 2
+
+    def prefill_at(self, position: int, rows: int) -> None:
+        """Set the inputs for `rows` rows of one slot from `position` on."""
+        self.positions[:rows] = np.arange(position, position + rows)
+        self.lengths[0] = position + rows - 1
+        self.longest[0] = position + rows + 1
+
+
+class Piece:
+    """Layers of a model, ready to run."""
+
+    def __init__(
+        self, manifest: Manifest, span: Span, files: Files, workspace: Workspace, slots: int, max_len: int, threads: int
+    ) -> None:
+        config = manifest.config
+        self.span = span
+        weights = piece_weights(files, manifest, span, max_len)
+        graph = piece_graph(config, manifest.quantisation, span, max_len)
+        self.sizes_bytes = weights.sizes_bytes
+        self.is_last = span.last == config.layer_count
+        self._workspace = workspace
+        self._session = _session(graph, weights, threads)
+        self._weights = weights
+        self._caches = {
+            layer: LayerCache(slots, config.kv_head_count, max_len, config.head_dim)
+            for layer in range(span.first, span.last)
+        }
+        self._bindings: OrderedDict[tuple[int, int, int], ort.IOBinding] = OrderedDict()
+
+    @property
+    def output(self) -> Array:
+        """Where `run` leaves its rows `[rows, H]`: wire type, or float32 after the last layer."""
+        return self._workspace.final if self.is_last else self._workspace.y
+
+    def run(self, first_slot: int, batch: int, rows: int) -> None:
+        """Compute `workspace.x[:batch * rows]`: `rows` rows for each of `batch` neighbouring slots."""
+        key = (first_slot, batch, rows)
+        binding = self._bindings.get(key)
+        if binding is None:
+            binding = self._bindings[key] = self._bind(first_slot, batch, rows)
+            if len(self._bindings) > BINDINGS_MAX:
+                self._bindings.popitem(last=False)
+        else:
+            self._bindings.move_to_end(key)
+        self._session.run_with_iobinding(binding)
+
+    def release(self, slot: int) -> None:
+        """Give back the memory of a slot that holds nothing any more."""
+        for cache in self._caches.values():
+            cache.release(slot)
+
+    def swap(self, one: int, one_length: int, other: int, other_length: int) -> None:
+        for cache in self._caches.values():
+            cache.swap(one, one_length, other, other_length)
+
+    def _bind(self, first_slot: int, batch: int, rows: int) -> ort.IOBinding:
+        space, count = self._workspace, batch * rows
+        hidden = space.x.shape[1]
+        binding = self._session.io_binding()
+        _bind_input(binding, "x", space.x[:count].reshape(batch, rows, hidden))
+        _bind_input(binding, "positions", space.positions[:count].reshape(batch, rows))
+        _bind_input(binding, "lengths", space.lengths[:batch])
+        _bind_input(binding, "longest", space.longest)
+        _bind_output(binding, "y", self.output[:count].reshape(batch, rows, hidden))
+        for layer, cache in self._caches.items():
+            for kind, array in zip("kv", cache.arrays(), strict=True):
+                window = array[first_slot : first_slot + batch]
+                _bind_input(binding, f"{kind}{layer}", window)
+                _bind_output(binding, f"{kind}{layer}_out", window)
+        return binding
+
+
+class Head:
+    """Final norm and output matrix, a session of its own, so that rows without logits never pay for it."""
+
+    def __init__(self, manifest: Manifest, files: Files, threads: int) -> None:
+        weights = head_weights(files, manifest)
+        self.sizes_bytes = weights.sizes_bytes
+        self._session = _session(head_graph(manifest.config, manifest.quantisation), weights, threads)
+        self._weights = weights
+        self._logits = np.zeros((HEAD_ROWS_MAX, manifest.config.vocab_size), np.float32)
+
+    def logits(self, final: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Logits `[R, V]` of at most `HEAD_ROWS_MAX` rows `[R, H]`; valid until the next call."""
+        logits = self._logits[: len(final)]
+        binding = self._session.io_binding()
+        _bind_input(binding, "x", np.ascontiguousarray(final))
+        _bind_output(binding, "logits", logits)
+        self._session.run_with_iobinding(binding)
+        return logits
+
+
+def _session(graph: Graph, weights: Weights, threads: int) -> ort.InferenceSession:
+    """A session over mapped weights. Raises `EngineError` with the runtime's reason."""
+    names = list(graph.initialisers)
+    for name, (dtype, shape) in graph.initialisers.items():
+        array = weights.arrays[name]
+        if array.dtype != dtype or array.shape != shape:
+            raise EngineError(f"tensor {name}: expected {dtype} {shape}, got {array.dtype} {array.shape}")
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 4
+    options.enable_mem_pattern = False  # shapes vary, and a pattern is kept for each
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.add_external_initializers(names, [ort.OrtValue.ortvalue_from_numpy(weights.arrays[name]) for name in names])
+    try:
+        session = ort.InferenceSession(graph.serialised(), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # the runtime's errors have no common base
+        raise EngineError(f"ONNX Runtime cannot build the stage: {error}") from error
+    weights.release_pages()
+    return session
+
+
+def _bind_input(binding: ort.IOBinding, name: str, array: Array) -> None:
+    binding.bind_input(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+
+
+def _bind_output(binding: ort.IOBinding, name: str, array: Array) -> None:
+    binding.bind_output(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)

@@ -1,0 +1,148 @@
+"""The worker process: `python -m fallow.engine.worker FD SETTINGS`, a loop over one end of a socket pair.
+
+Rules
+- Single-threaded. It takes all requests that wait, computes one call, sends what came of it, and begins again; so a
+  request waits for at most one call.
+- It runs at low priority and ends with its agent: on end of file, and on Linux also by parent-death signal. Ctrl-C is
+  for the agent, which then closes the pair.
+- It opens no file but those that a load names and speaks to nobody but its agent. An error in one request is that
+  request's answer; a frame that cannot be parsed ends the process, since nothing after it could be trusted.
+"""
+
+import contextlib
+import ctypes
+import gc
+import os
+import signal
+import socket
+import sys
+from pathlib import Path
+
+import msgspec
+
+from fallow.domain.errors import EngineError, FallowError
+from fallow.engine import protocol
+from fallow.engine.contract import Stepped
+from fallow.engine.core import EngineCore
+from fallow.engine.settings import EngineSettings
+
+RECEIVE_BYTES = 1 << 20
+SOCKET_BUFFER_BYTES = 4 << 20
+PR_SET_PDEATHSIG = 1
+
+
+def main() -> None:
+    descriptor, settings = int(sys.argv[1]), msgspec.json.decode(sys.argv[2], type=EngineSettings)
+    parent = os.getppid()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _die_with(parent)
+    with contextlib.suppress(OSError, AttributeError):
+        os.nice(settings.niceness)
+    with socket.socket(fileno=descriptor) as agent:
+        _Worker(agent, settings).serve()
+
+
+class _Worker:
+    def __init__(self, agent: socket.socket, settings: EngineSettings) -> None:
+        self._agent = agent
+        self._core = EngineCore(settings)
+        self._frames = protocol.Frames(protocol.REQUESTS)
+        self._outbox: list[protocol.Payload] = []
+
+    def serve(self) -> None:
+        """Until the agent closes its end."""
+        self._post(protocol.Ready(self._core.budget.free_bytes))
+        gc.freeze()
+        while self._flush() and self._receive():
+            if self._core.has_work:
+                self._core.turn()
+                self._post_outcomes()
+                if not self._outbox:
+                    self._post(protocol.Beat())
+
+    def _receive(self) -> bool:
+        """Take what has arrived; wait for something only when there is nothing to compute. `False` at the end."""
+        try:
+            while True:
+                waiting = self._core.has_work or bool(self._outbox)
+                flags = socket.MSG_DONTWAIT if waiting else 0
+                received = self._agent.recv(RECEIVE_BYTES, flags)
+                if not received:
+                    return False
+                for request, payload in self._frames.feed(received):
+                    self._answer(request, payload)
+        except BlockingIOError:
+            return True
+        except ConnectionError:
+            return False
+
+    def _flush(self) -> bool:
+        """Send everything at once: one wake-up of the agent per call. `False` when it is gone."""
+        outbox, self._outbox = self._outbox, []
+        try:
+            if outbox:
+                self._agent.sendall(b"".join(outbox))
+        except ConnectionError:
+            return False
+        return True
+
+    def _answer(self, request: protocol.AnyRequest, payload: memoryview) -> None:
+        try:
+            self._do(request, payload)
+        except FallowError as error:
+            self._post(protocol.Failed(request.ticket, error.code, error.message))
+        except Exception as error:  # whatever the runtime or the system raises is this request's failure alone
+            self._post(protocol.Failed(request.ticket, EngineError.code, f"{type(error).__name__}: {error}"))
+        self._post_outcomes()
+
+    def _do(self, request: protocol.AnyRequest, payload: memoryview) -> None:
+        core = self._core
+        match request:
+            case protocol.Run():
+                core.step(request.ticket, protocol.step_of(request, payload))
+                return
+            case protocol.Rewind():
+                core.rewind(request.ticket, request.session, request.position)
+                return
+            case protocol.Open():
+                core.open(request.session, request.model, request.span, request.reserve_tokens)
+            case protocol.Reserve():
+                core.reserve(request.session, request.reserve_tokens)
+            case protocol.Free():
+                core.free(request.session)
+            case protocol.Unload():
+                core.unload(request.model)
+            case protocol.Load():
+                files = {digest: Path(path) for digest, path in request.files.items()}
+                loaded = core.load(request.stage, request.manifest, files)
+                self._post(protocol.Done(request.ticket, core.session_count, core.budget.free_bytes, loaded))
+                return
+        self._post(protocol.Done(request.ticket, core.session_count, core.budget.free_bytes))
+
+    def _post_outcomes(self) -> None:
+        core = self._core
+        for ticket, outcome in core.outcomes():
+            if outcome is None:
+                self._post(protocol.Done(ticket, core.session_count, core.budget.free_bytes))
+            elif isinstance(outcome, Stepped):
+                computed = protocol.Computed(ticket, outcome.logit_count, outcome.k, outcome.compute_s)
+                self._post(computed, outcome.payload)
+            else:
+                self._post(protocol.Failed(ticket, outcome.code, outcome.message))
+
+    def _post(self, reply: protocol.AnyReply, payload: protocol.Payload = b"") -> None:
+        self._outbox += protocol.encode(reply, payload)
+
+
+def _die_with(parent: int) -> None:
+    """Ask Linux to kill this process when its parent dies, and look whether it already has."""
+    if sys.platform != "linux":
+        return
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        sys.exit(0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,252 @@
+"""The agent: a device's side of the control bus, and what ties its parts together.
+
+Rules
+- It says what the device is and does: a heartbeat every interval, and one at once when something changes, at most one
+  in `HEARTBEAT_GAP_S`.
+- It obeys the coordinator's orders about what to host, and nobody else's about anything. Whom it serves is the session
+  frames' business (`stages.py`).
+- When the engine is lost, sessions are told at once, and the engine is started again after a pause that grows with each
+  loss in a row; then what was hosted is loaded again.
+- `drain` leaves politely: no new sessions, gateways are asked to move theirs, and there is time for them to do so.
+
+Without a bus it goes on serving the sessions that it has.
+"""
+
+import asyncio
+import logging
+import secrets
+from collections.abc import Coroutine
+from typing import Any
+
+import msgspec
+
+from fallow.domain.clock import Clock
+from fallow.domain.errors import FabricError, FallowError
+from fallow.domain.fleet import Accepted, Heartbeat, NodeCommand, NodeLeaving, Subjects
+from fallow.domain.frames import Chunk, FetchChunk, Frame
+from fallow.domain.ids import NodeId
+from fallow.engine.contract import StageEngine
+from fallow.fabric.contract import Bus, LinkEndpoint, Subscription
+from fallow.fabric.peers import Peers
+from fallow.models.store import Store
+from fallow.node.fetch import ChunkServer, Fetcher
+from fallow.node.hosting import Hosting
+from fallow.node.stages import StageRelay
+
+HEARTBEAT_GAP_S = 0.02
+RESTART_PAUSE_S = 0.1
+RESTART_PAUSE_MAX_S = 30.0
+STABLE_S = 30.0
+"""An engine that ran for so long starts with a clean slate."""
+LINKS_TOLD_MAX = 256
+DRAIN_POLL_S = 0.05
+COMMAND_MAX_BYTES = 1 << 20
+
+log = logging.getLogger(__name__)
+
+
+class AgentConfig(msgspec.Struct, frozen=True, kw_only=True):
+    cell: str
+    name: str
+    """For people; up to 128 printable characters."""
+    memory_bytes: int
+    """What the owner allows for weights and KV cache together."""
+    kv_budget_bytes: int
+    """The part of it that the engine was given for its KV cache."""
+    log_budget_bytes: int = 64 << 20
+    """For the activations that are kept for replay."""
+    heartbeat_interval_s: float = 1.0
+    drain_timeout_s: float = 10.0
+    version: str = ""
+
+
+class Agent:
+    """One device. `start`, then it works until `drain` or `close`.
+
+    It owns what it makes (links, hosting, sessions) and starts the engine; bus, endpoint and store remain the caller's
+    to close, and so does the engine's budget to choose.
+    """
+
+    def __init__(
+        self, config: AgentConfig, node: NodeId, bus: Bus, endpoint: LinkEndpoint, engine: StageEngine, store: Store,
+        clock: Clock,
+    ) -> None:  # fmt: skip
+        self._config = config
+        self.node = node
+        self._bus = bus
+        self._endpoint = endpoint
+        self._engine = engine
+        self._clock = clock
+        self._subjects = Subjects(config.cell)
+        self.peers = Peers(endpoint, clock, role="node", on_frame=self._on_frame, on_lost=self._on_lost)
+        self.relay = StageRelay(engine, self.peers, clock, config.log_budget_bytes)
+        self._server = ChunkServer(store, self.peers)
+        self._fetcher = Fetcher(store, self.peers)
+        self.hosting = Hosting(engine, store, self._fetcher, clock, self._changed)
+        self._boot = secrets.token_hex(8)
+        self._sequence = 0
+        self._draining = False
+        self._closed = False
+        self._beat_now = asyncio.Event()
+        self._subscriptions: list[Subscription] = []
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    # --- life -----------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Start the engine, open for links, report. Raises `EngineError`, `BusUnavailable`."""
+        await self._engine.start()
+        await self.peers.start()
+        for subject, handler in (
+            (self._subjects.command(self.node), self._on_command),
+            (self._subjects.hello, self._on_hello),
+        ):
+            self._subscriptions.append(await self._bus.subscribe(subject, handler))
+        self._spawn(self._watch_engine())
+        self._spawn(self._beat())
+
+    async def drain(self) -> None:
+        """Leave politely: have sessions moved, wait for it up to `drain_timeout_s`, say goodbye, close. Idempotent."""
+        if self._closed:
+            return
+        self._draining = True
+        await self._send_heartbeat()
+        self.relay.drain()
+        deadline_s = self._clock.monotonic_s() + self._config.drain_timeout_s
+        while self.relay.session_count and self._clock.monotonic_s() < deadline_s:
+            await self._clock.sleep(DRAIN_POLL_S)
+        await self._say_goodbye()
+        await self.close()
+
+    async def _say_goodbye(self) -> None:
+        try:
+            await self._bus.publish(self._subjects.leaving, msgspec.json.encode(NodeLeaving(node=self.node)))
+        except FabricError as error:
+            log.info("the coordinator could not be told that we leave: %s", error)
+
+    async def close(self) -> None:
+        """Stop at once. Idempotent."""
+        if self._closed:
+            return
+        self._closed = True
+        for subscription in self._subscriptions:
+            await subscription.cancel()
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await self.hosting.close()
+        await self.relay.close()
+        await self._server.close()
+        await self.peers.close()
+        await self._engine.close()
+
+    # --- links ----------------------------------------------------------------------------------
+
+    def _on_frame(self, peer: NodeId, frame: Frame) -> None:
+        if self.relay.handle(peer, frame):
+            return
+        match frame.header:
+            case Chunk():
+                self._fetcher.on_chunk(peer, frame.header, frame.payload)
+            case FetchChunk():
+                self._server.handle(peer, frame.header)
+            case other:
+                log.debug("a frame of kind %s from %s is not for a node", type(other).__name__, peer[:8])
+
+    def _on_lost(self, peer: NodeId, reason: str) -> None:
+        self._fetcher.peer_lost(peer, reason)
+        self.relay.peer_lost(peer, reason)
+
+    # --- the bus --------------------------------------------------------------------------------
+
+    async def _on_command(self, _: str, message: bytes) -> bytes:
+        try:
+            command = msgspec.json.decode(message, type=NodeCommand)
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+            log.warning("bad_message: an order that cannot be read was refused: %s", error)
+            return msgspec.json.encode(Accepted(ok=False, message=f"the order cannot be read: {error}"))
+        if self._draining:
+            return msgspec.json.encode(Accepted(ok=False, message="this device is leaving"))
+        return msgspec.json.encode(self.hosting.order(command))
+
+    async def _on_hello(self, _: str, __: bytes) -> None:
+        self._changed()
+
+    def _changed(self) -> None:
+        self._beat_now.set()
+
+    async def _beat(self) -> None:
+        while True:
+            await self._send_heartbeat()
+            # A burst of changes is one heartbeat, with the last state in it.
+            await self._clock.sleep(HEARTBEAT_GAP_S)
+            try:
+                async with asyncio.timeout(self._config.heartbeat_interval_s - HEARTBEAT_GAP_S):
+                    await self._beat_now.wait()
+            except TimeoutError:
+                pass
+            self._beat_now.clear()
+
+    async def _send_heartbeat(self) -> None:
+        self._sequence += 1
+        try:
+            await self._bus.publish(self._subjects.heartbeat(self.node), msgspec.json.encode(self.heartbeat()))
+        except FabricError as error:
+            log.debug("a heartbeat could not be sent: %s", error)
+
+    def heartbeat(self) -> Heartbeat:
+        """This device's public state now."""
+        load = self._engine.load_now
+        rtts = {peer: self.peers.rtt_s(peer) for peer in sorted(self.peers.connected())[:LINKS_TOLD_MAX]}
+        return Heartbeat(
+            node=self.node,
+            name=self._config.name,
+            sequence=self._sequence,
+            boot=self._boot,
+            address=self._endpoint.address,
+            memory_bytes=self._config.memory_bytes,
+            kv_budget_bytes=self._config.kv_budget_bytes,
+            kv_free_bytes=max(load.kv_free_bytes, 0),
+            hosted=self.hosting.hosted(),
+            session_count=self.relay.session_count,
+            tokens_per_s=load.rows_per_s,
+            link_rtt_s={peer: rtt_s for peer, rtt_s in rtts.items() if rtt_s is not None},
+            draining=self._draining,
+            version=self._config.version,
+        )
+
+    # --- the engine -----------------------------------------------------------------------------
+
+    async def _watch_engine(self) -> None:
+        """Start the engine again whenever it is lost."""
+        losses = 0
+        while True:
+            since_s = self._clock.monotonic_s()
+            await self._engine.lost.wait()
+            losses = 1 if self._clock.monotonic_s() - since_s > STABLE_S else losses + 1
+            log.warning("the engine was lost, %d in a row; starting it again", losses)
+            self.relay.engine_lost("The device's engine crashed.")
+            self.hosting.engine_lost()
+            await self._restart_engine(losses)
+            self.hosting.reload()
+
+    async def _restart_engine(self, losses: int) -> None:
+        while True:
+            await self._clock.sleep(min(RESTART_PAUSE_S * 2 ** (min(losses, 16) - 1), RESTART_PAUSE_MAX_S))
+            try:
+                await self._engine.start()
+                return
+            except (FallowError, OSError) as error:
+                losses += 1
+                log.warning("the engine did not start: %s", error)
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._finished)
+
+    def _finished(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            log.error("a task of the agent failed", exc_info=task.exception())

@@ -1,0 +1,81 @@
+"""`fallow serve gateway`: the API, its conversations with the fleet, and the operator's store of models."""
+
+import asyncio
+import logging
+
+from fallow import wiring
+from fallow.config import Config
+from fallow.domain.errors import ConfigError, UnknownModel
+from fallow.domain.frames import Frame
+from fallow.domain.ids import NodeId
+from fallow.domain.model import Manifest
+from fallow.fabric.peers import Peers
+from fallow.gateway.api import create_app
+from fallow.gateway.keys import ApiKey
+from fallow.gateway.server import serve
+from fallow.gateway.sessions import FleetTokenSource
+from fallow.models.store import Store
+from fallow.processes.lifetime import Stop
+from fallow.processes.store_server import StoreServer
+
+log = logging.getLogger(__name__)
+
+
+async def run(config: Config, parent_pid: int | None = None) -> None:
+    """Run until a signal. Raises `BusUnavailable`, `ConfigError`."""
+    check_exposure(config)
+    stop = Stop()
+    stop.listen(parent_pid)
+    clock, subjects = wiring.clock(), wiring.subjects(config)
+    store = Store(config.store_dir)
+    who = wiring.identity(config.state_dir / "gateway")
+    bus = await wiring.open_bus(config, who.node)
+    endpoint = await wiring.open_links(config, who, config.gateway.links)
+
+    def on_frame(peer: NodeId, frame: Frame) -> None:
+        if not files.on_frame(peer, frame):
+            source.on_frame(peer, frame)
+
+    def on_lost(peer: NodeId, reason: str) -> None:
+        source.on_lost(peer, reason)
+
+    async def tokenizer_file(manifest: Manifest) -> bytes:
+        path = store.blob_path(manifest.tokenizer.digest)
+        if path is None:
+            raise UnknownModel(f"The files of {manifest.name} are no longer in the store.")
+        return await asyncio.to_thread(path.read_bytes)
+
+    peers = Peers(endpoint, clock, role="gateway", on_frame=on_frame, on_lost=on_lost)
+    files = StoreServer(store, bus, peers, clock, subjects, endpoint.address)
+    source = FleetTokenSource(bus, peers, store, clock, subjects, who.node, api_url(config))
+    keys = [ApiKey(id=key.id, sha256=key.sha256, limits=key.limits) for key in config.gateway.keys]
+    app = create_app(source, tokenizer_file, clock, keys)
+    try:
+        await peers.start()
+        await files.start()
+        await source.start()
+        server = await serve(app, config.gateway.host, config.gateway.port)
+        log.info("the API is at %s", server.url)
+        await stop.polite.wait()
+        await server.close()
+    finally:
+        await source.close()
+        await files.close()
+        await peers.close()
+        await endpoint.close()
+        await bus.close()
+
+
+def check_exposure(config: Config) -> None:
+    """Raises `ConfigError` for an API that would be open to the network."""
+    if not config.gateway.keys and not wiring.is_loopback(config.gateway.host):
+        raise ConfigError(
+            f"gateway.host is {config.gateway.host}, which others can reach, and no API key is configured. "
+            "Make one with `fallow key create`, put its lines into the configuration file, and start again."
+        )
+
+
+def api_url(config: Config) -> str:
+    """Where clients on this machine reach the API."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(config.gateway.host, config.gateway.host)  # noqa: S104
+    return f"http://{f'[{host}]' if ':' in host else host}:{config.gateway.port}"

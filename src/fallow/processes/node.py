@@ -1,0 +1,66 @@
+"""`fallow join`: one device. It lends what its owner allowed, and leaves politely when told."""
+
+import os
+import socket
+from typing import Final
+
+from fallow import __version__, wiring
+from fallow.config import Config
+from fallow.domain.errors import ConfigError
+from fallow.models.store import Store
+from fallow.node.agent import Agent, AgentConfig
+from fallow.node.limits import split_memory
+from fallow.processes.lifetime import Stop
+
+NAME_MAX_CHARS: Final = 128
+LEAVE_LIMIT_S: Final = 15.0
+
+
+async def run(config: Config, parent_pid: int | None = None) -> None:
+    """Run until a signal. Raises `BusUnavailable`, `ConfigError`, `EngineError`."""
+    stop = Stop()
+    stop.listen(parent_pid)
+    memory = split_memory(config.node.memory_bytes, config.node.kv_budget_bytes)
+    who = wiring.identity(config.state_dir)
+    store = Store(config.store_dir)
+    bus = await wiring.open_bus(config, who.node)
+    endpoint = await wiring.open_links(config, who, config.node.listen)
+    engine = wiring.engine(memory.kv_budget_bytes, threads(config))
+    agent = Agent(
+        AgentConfig(
+            cell=config.cell,
+            name=name(config),
+            memory_bytes=memory.memory_bytes,
+            kv_budget_bytes=memory.kv_budget_bytes,
+            version=__version__,
+        ),
+        who.node,
+        bus,
+        endpoint,
+        engine,
+        store,
+        wiring.clock(),
+    )
+    try:
+        await agent.start()
+        await stop.polite.wait()
+        await stop.unless_at_once(agent.drain(), LEAVE_LIMIT_S)
+    finally:
+        await agent.close()
+        await endpoint.close()
+        await bus.close()
+
+
+def name(config: Config) -> str:
+    """What people call this device. Raises `ConfigError` for a name that nobody could read."""
+    chosen = config.node.name or socket.gethostname() or "device"
+    if len(chosen) > NAME_MAX_CHARS or not chosen.isprintable():
+        raise ConfigError(f"node.name: expected up to {NAME_MAX_CHARS} printable characters, got {chosen[:40]!r}.")
+    return chosen
+
+
+def threads(config: Config) -> int:
+    """Threads of the engine: as configured, else one for each core that this process may use."""
+    if config.node.threads is not None:
+        return config.node.threads
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,119 @@
+"""The only place where adapters are chosen: which bus, which links, which engine, which clock.
+
+Everything else asks for contracts. Swap an adapter here and nothing else changes.
+"""
+
+import ipaddress
+import os
+import tempfile
+from pathlib import Path
+from typing import Final
+
+from fallow.config import Config
+from fallow.domain.clock import Clock
+from fallow.domain.errors import ConfigError
+from fallow.domain.fleet import Subjects
+from fallow.engine.contract import StageEngine
+from fallow.fabric.contract import Bus, LinkEndpoint, PresenceWatcher
+from fallow.node.identity import Identity, load_or_create
+from fallow.system_clock import SystemClock
+
+LOOPBACK_LINKS: Final = "127.0.0.1:0"
+OPEN_LINKS: Final = "0.0.0.0:0"
+PORT_MAX: Final = 65535
+
+
+def clock() -> Clock:
+    """The machine's time."""
+    return SystemClock()
+
+
+def subjects(config: Config) -> Subjects:
+    """The bus subjects of the configured cell."""
+    return Subjects(config.cell)
+
+
+def identity(folder: Path) -> Identity:
+    """The key of the process whose state lies in `folder`; drawn at its first start. Raises `ConfigError`."""
+    return load_or_create(folder / "identity")
+
+
+def bus_url(config: Config) -> str:
+    """Raises `ConfigError` when none is known."""
+    if config.bus.url is None:
+        raise ConfigError("There is no bus to join: give its url, as `fallow up` printed it, or set bus.url.")
+    return config.bus.url
+
+
+async def open_bus(config: Config, name: str) -> Bus:
+    """The control bus, as `name`. Raises `BusUnavailable`, `ConfigError`."""
+    from fallow.fabric.nats_bus import NatsBus
+
+    return await NatsBus.connect(bus_url(config), name)
+
+
+def presence_watcher(config: Config) -> PresenceWatcher | None:
+    """Who tells of broken bus connections; without it heartbeats alone do."""
+    from fallow.fabric.disconnects import NatsPresence
+
+    return None if config.bus.system_url is None else NatsPresence(config.bus.system_url)
+
+
+def link_address(config: Config, chosen: str | None) -> str:
+    """`ip:port` to listen on for links: what was chosen, else loopback when the bus is there, else every interface."""
+    if chosen is not None:
+        return chosen
+    return LOOPBACK_LINKS if is_loopback(bus_host(config)) else OPEN_LINKS
+
+
+def bus_host(config: Config) -> str:
+    """The host part of the bus's url; where `fallow up` listens when there is none."""
+    from urllib.parse import urlsplit
+
+    if config.bus.url is None:
+        return config.bus.host
+    return urlsplit(config.bus.url).hostname or ""
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host name or address is this machine's own."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+async def open_links(config: Config, who: Identity, chosen: str | None) -> LinkEndpoint:
+    """The presence on the data fabric. Raises `ConfigError` for an address that cannot be listened on."""
+    from fallow.fabric.endpoint import open_endpoint
+
+    host, port = split_address(link_address(config, chosen))
+    return await open_endpoint(
+        who.seed, host=host, port=port, socket_dir=socket_folder() if config.links.local_sockets else None
+    )
+
+
+def split_address(text: str) -> tuple[str, int]:
+    """`ip:port` as its parts. Raises `ConfigError`."""
+    host, colon, port = text.rpartition(":")
+    if not colon or not host or not port.isdigit() or int(port) > PORT_MAX:
+        raise ConfigError(f"expected an address for links such as 0.0.0.0:7000, got {text!r}.")
+    return host.strip("[]"), int(port)
+
+
+def socket_folder() -> Path:
+    """Where the user's processes meet on this machine; short, because socket paths are limited to 100 bytes."""
+    runtime = os.environ.get("XDG_RUNTIME_DIR")
+    if runtime and Path(runtime).is_dir():
+        return Path(runtime) / "fallow"
+    return Path(tempfile.gettempdir()) / f"fallow-{os.getuid() if hasattr(os, 'getuid') else 'user'}"
+
+
+def engine(kv_budget_bytes: int, threads: int) -> StageEngine:
+    """What computes stages."""
+    from fallow.engine.client import WorkerEngine
+    from fallow.engine.settings import EngineSettings
+
+    return WorkerEngine(EngineSettings(kv_budget_bytes=kv_budget_bytes, threads=threads))
