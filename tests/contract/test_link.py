@@ -13,6 +13,7 @@ from tests.unit.fabric.support import chunk, eventually, rows
 
 from fallow.domain.errors import FabricError, FrameError, LinkClosed
 from fallow.domain.frames import Chunk, Frame, PeerAddress, Rows
+from fallow.fabric import iroh_fast
 from fallow.fabric.contract import LINK_WINDOW_BYTES, LinkEndpoint
 from fallow.fabric.endpoint import CompositeEndpoint, open_endpoint
 from fallow.fabric.iroh_link import IrohEndpoint, IrohLink
@@ -21,12 +22,20 @@ from fallow.fabric.local_handshake import Identity
 from fallow.fabric.local_link import LocalEndpoint, LocalLink
 from fallow.fabric.memory import MemoryFabric
 
-pytestmark = pytest.mark.parametrize("adapter", ["memory", "iroh", "local", "composite"])
+pytestmark = pytest.mark.parametrize("adapter", ["memory", "iroh", "iroh-stock", "local", "composite"])
 
 SEEDS = [bytes([number] * 32) for number in (1, 2, 3)]
 NODES = [Identity.from_seed(seed).node for seed in SEEDS]
 IN_FLIGHT_BYTES_MAX = 4 * LINK_WINDOW_BYTES
 """Window, kernel or QUIC buffers, and the reader's inbox together."""
+
+
+@pytest.fixture(autouse=True)
+def fast_path(adapter: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`iroh-stock` is what runs where the fast path into the binding is refused."""
+    assert iroh_fast.enable(), "the binding in use is one that the fast path knows"
+    if adapter == "iroh-stock":
+        monkeypatch.setattr(iroh_fast, "enable", lambda: False)
 
 
 @asynccontextmanager
@@ -37,7 +46,7 @@ async def endpoints(adapter: str) -> AsyncIterator[tuple[LinkEndpoint, LinkEndpo
         for seed, node in zip(SEEDS[:2], NODES[:2], strict=True):
             if adapter == "memory":
                 made.append(fabric.endpoint(node))
-            elif adapter == "iroh":
+            elif adapter.startswith("iroh"):
                 made.append(await IrohEndpoint.bind(seed))
             elif adapter == "local":
                 made.append(await LocalEndpoint.open(seed, Path(folder) / "sockets"))
@@ -321,7 +330,7 @@ def test_an_endpoint_that_closed_is_not_reachable_and_stops_accepting(adapter: s
             await b.close()
             with pytest.raises(StopAsyncIteration):
                 await accepting
-            if adapter != "iroh" and adapter != "composite":  # there it takes the dial's whole timeout
+            if adapter in ("memory", "local"):  # elsewhere it takes the dial's whole timeout
                 with pytest.raises(LinkClosed):
                     await a.connect(address)
 
@@ -337,8 +346,8 @@ def test_the_composite_prefers_the_socket_and_falls_back_to_the_network(adapter:
             assert isinstance(b, CompositeEndpoint)
             near, far = await asyncio.gather(a.connect(b.address), anext(b.accept()))
             assert isinstance(near, LocalLink) and isinstance(far, LocalLink)
-            stale = PeerAddress(NODES[1], ("unix:/nowhere.sock", *b.address.endpoints[1:]))
-            near2, far2 = await asyncio.gather(a.connect(stale), anext(b.accept()))
+            gone = PeerAddress(NODES[1], ("unix:/nowhere.sock", *b.address.endpoints[1:]))
+            near2, far2 = await asyncio.gather(a.connect(gone), anext(b.accept()))
             assert isinstance(near2, IrohLink) and isinstance(far2, IrohLink)
             for link in (near, near2):
                 await link.close()

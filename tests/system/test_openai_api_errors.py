@@ -35,7 +35,7 @@ def post(path: str, body: Any, headers: dict[str, str] | None = None, **options:
 
     async def scenario() -> httpx.Response:
         source, app = app_of(**options)
-        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://gateway") as http:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as http:
             content = body if isinstance(body, bytes) else json.dumps(body).encode()
             reply = await http.post(path, content=content, headers=headers)
             assert source.open_count == 0
@@ -278,6 +278,23 @@ def test_keys_are_asked_for_and_checked() -> None:
             return statuses
 
     assert run(scenario()) == [401, 401, 401, 401, 401, 200]
+
+
+def test_without_keys_only_this_machine_is_served() -> None:
+    foreign = [{"host": "evil.example"}, {"host": "127.0.0.1.evil.example"}, {"origin": "https://evil.example"}]
+    foreign += [{"origin": "null"}, {"origin": "http://localhost.evil.example"}]
+    for headers in foreign:
+        reply = post("/v1/chat/completions", CHAT, headers)
+        assert (reply.status_code, error_of(reply)["code"]) == (403, "foreign_host")
+    for headers in (
+        {"host": "LOCALHOST:80"},
+        {"host": "[::1]:1"},
+        {"host": "127.0.0.1", "origin": "http://localhost:3000"},
+    ):
+        assert post("/v1/chat/completions", CHAT, headers).status_code == 200
+    secret, sha256 = new_key()
+    headers = {"host": "api.example", "authorization": f"Bearer {secret}"}
+    assert post("/v1/chat/completions", CHAT, headers, keys=[ApiKey(id="a", sha256=sha256)]).status_code == 200
 
 
 def test_limits_of_a_key_do_not_touch_its_neighbour() -> None:

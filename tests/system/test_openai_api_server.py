@@ -6,10 +6,10 @@ import time
 
 import httpx
 import pytest
+from tests.unit.gateway.gateway_world import MODEL, app_of, run, saying, until, world
 
 from fallow.domain.errors import ConfigError
 from fallow.gateway.server import ServerLimits, serve
-from tests.unit.gateway.gateway_world import MODEL, app_of, run, saying, until, world
 
 CHAT = {"model": MODEL, "messages": [{"role": "user", "content": "Hello"}], "temperature": 0}
 
@@ -73,5 +73,5 @@ def test_tokens_arrive_as_they_are_made_and_cost_little() -> None:
             return events, time.process_time() - started_s
 
     events, spent_s = run(scenario())
-    assert events > 100
+    assert events > 70
     assert spent_s / events < 1e-3

@@ -4,8 +4,8 @@ Rules
 - Steps and rewinds of a session happen in the order given. `turn` computes one call: the next row of every session
   that has a decode step, or one chunk of one prefill; `policy/batching.py` says which.
 - A step is checked when its turn comes: a wrong one is refused and leaves its session as it was.
-- A prefill step is cut into chunks, and a decode step of several rows (a cache that is rebuilt) into single rows, so
-  that each row is computed exactly as it was, or would have been, the first time.
+- A prefill step is cut into chunks. A decode step of several rows is a cache that is rebuilt: it takes turns with the
+  prefills, in calls that give each row the bits that it had when it was computed alone (`replay.py`).
 - Freeing a session ends its steps with `UnknownSession`.
 """
 
@@ -27,10 +27,13 @@ from fallow.engine.head import log_probabilities, top_log_probabilities
 from fallow.engine.hosted import DecodeRow, HostedModel
 from fallow.engine.kv import KvBudget
 from fallow.engine.piece import HEAD_ROWS_MAX
+from fallow.engine.replay_check import replay_works
 from fallow.engine.settings import EngineSettings
 from fallow.policy.batching import Turn, chunk_rows, next_turn
 
 Array = NDArray[Any]
+REPLAY_CHUNK_ROWS = 64
+"""Rows of a rebuilt cache in one turn; mapping and unmapping it costs 5 % at that size."""
 Outcome = tuple[int, Stepped | FallowError | None]
 """A ticket and what became of it; `None` for a rewind that was done."""
 
@@ -127,6 +130,8 @@ class EngineCore:
         self._decoding: dict[SessionId, _Session] = {}
         self._prefilling: deque[_Session] = deque()
         self._previous = Turn.WAIT
+        self._decoded_rows = 0
+        self._replays = replay_works()
         self._outcomes: list[Outcome] = []
 
     @property
@@ -138,7 +143,7 @@ class EngineCore:
     def load(self, stage: StageSpec, manifest: Manifest, files: Mapping[Digest, Path]) -> Loaded:
         """See `StageEngine.load`."""
         started_s = time.perf_counter()
-        hosted = self._models.get(stage.model) or HostedModel(manifest, self.settings)
+        hosted = self._models.get(stage.model) or HostedModel(manifest, self.settings, replays=self._replays)
         hosted.commit(hosted.prepare(stage, files))
         self._models[stage.model] = hosted
         for session in list(self._sessions.values()):
@@ -237,7 +242,7 @@ class EngineCore:
                     self._do_rewind(session, head)
                 else:
                     head.rows = self._check(session, head.step)
-                    if head.step.phase is Phase.DECODE:
+                    if head.step.phase is Phase.DECODE and (head.step.count == 1 or not session.hosted.replays):
                         self._decoding[session.id] = session
                     else:
                         self._prefilling.append(session)
@@ -287,9 +292,11 @@ class EngineCore:
         turn = next_turn(self._previous, len(self._decoding), len(self._prefilling))
         self._previous = turn
         if turn is Turn.DECODE:
+            self._decoded_rows = len(self._decoding)
             self._decode()
         elif turn is Turn.PREFILL:
             self._prefill()
+            self._decoded_rows = 0
         return turn
 
     @property
@@ -327,13 +334,15 @@ class EngineCore:
             self._account(session, run, elapsed_s, None if row is None else row[None])
 
     def _prefill(self) -> None:
-        """One chunk of the session that has waited longest."""
+        """One chunk of a prompt, or of a cache that is rebuilt, of the session that has waited longest."""
         session = self._prefilling.popleft()
         run = _current(session)
         assert run.rows is not None
         started_s = time.perf_counter()
-        count = chunk_rows(run.step.count - run.done, len(self._decoding), PREFILL_CHUNK_ROWS)
-        leaving = session.hosted.prefill(session.slot, session.span, run.rows[run.done : run.done + count])
+        rows_max = PREFILL_CHUNK_ROWS if run.step.phase is Phase.PREFILL else REPLAY_CHUNK_ROWS
+        count = chunk_rows(run.step.count - run.done, self._decoded_rows, rows_max)
+        compute = session.hosted.prefill if run.step.phase is Phase.PREFILL else session.hosted.replay
+        leaving = compute(session.slot, session.span, run.rows[run.done : run.done + count])
         if leaving is not None and session.has_head:
             first = max(0, run.step.logits_from - session.position)
             _add_logits(session.hosted, [(run, row) for row in leaving[first:]])

@@ -22,9 +22,10 @@ from fallow.domain.ids import Digest
 from fallow.domain.model import Manifest, Span, StageSpec, cut_points
 from fallow.engine.graph import wire_dtype
 from fallow.engine.kv import Slots, slot_length
-from fallow.engine.piece import Head, Piece, Workspace
+from fallow.engine.piece import Head, Piece, PieceShape, Workspace
+from fallow.engine.replay import can_map
 from fallow.engine.settings import EngineSettings
-from fallow.engine.weights import Embedding, Files, kv_bytes_per_token
+from fallow.engine.weights import Embedding, Files, kv_bytes_per_token, piece_weights
 from fallow.policy.batching import Window, decode_windows
 
 SPEED_BATCHES = (1, 4, 8)
@@ -47,7 +48,7 @@ class DecodeRow(msgspec.Struct):
 class HostedModel:
     """The pieces of one model, its embedding and its head."""
 
-    def __init__(self, manifest: Manifest, settings: EngineSettings) -> None:
+    def __init__(self, manifest: Manifest, settings: EngineSettings, *, replays: bool) -> None:
         self.manifest = manifest
         self.config = manifest.config
         self.wire = wire_dtype(manifest.quantisation)
@@ -58,8 +59,17 @@ class HostedModel:
         self.max_tokens = min(self.config.context_length, settings.max_session_tokens)
         self.slots = Slots(settings.slots_max)
         self.lengths = np.zeros(settings.slots_max, np.int64)
+        self.replays = replays and can_map(self._slot_bytes(), settings.threads)
+        """Whether `replay` can be used; decode rows of one session are computed one by one otherwise."""
         self._settings = settings
-        self._workspace = Workspace(manifest, settings.slots_max)
+        self._shape = PieceShape(
+            config=self.config,
+            quantisation=manifest.quantisation,
+            slots=settings.slots_max,
+            max_len=self.max_len,
+            threads=settings.threads,
+        )
+        self._workspace = Workspace(self.config, manifest.quantisation, settings.slots_max)
         self._rows = np.zeros((settings.slots_max, self.config.hidden_size), self.wire)
         self._final = np.zeros((settings.slots_max, self.config.hidden_size), np.float32)
         self._piece_speed: dict[Span, tuple[float, ...]] = {}
@@ -77,6 +87,9 @@ class HostedModel:
         for part in parts:
             sizes.update(part.sizes_bytes)  # a tied head and the embedding are one file
         return sum(sizes.values())
+
+    def _slot_bytes(self) -> int:
+        return 4 * self.config.kv_head_count * self.max_len * self.config.head_dim
 
     def kv_bytes_per_token(self, span: Span) -> int:
         return kv_bytes_per_token(self.config, span.layer_count)
@@ -111,8 +124,7 @@ class HostedModel:
         return Speed(layer_s_1=one, layer_s_4=four, layer_s_8=eight)
 
     def _build(self, span: Span, files: Files) -> Piece:
-        settings = self._settings
-        piece = Piece(self.manifest, span, files, self._workspace, settings.slots_max, self.max_len, settings.threads)
+        piece = Piece(self._shape, span, piece_weights(files, self.manifest, span, self.max_len), self._workspace)
         self._piece_speed[span] = self._measure(piece)
         return piece
 
@@ -195,6 +207,13 @@ class HostedModel:
             piece.run(slot, 1, rows)
             output = piece.output
         leaving = output[:count]
+        return leaving if finite_rows(leaving) else None
+
+    def replay(self, slot: int, span: Span, x: Array) -> Array | None:
+        """Decode rows `[N, H]` of one session, together (`replay.py`). Results as of `prefill`."""
+        leaving = x
+        for piece in self.pieces_of(span):
+            leaving = piece.replay(slot, int(self.lengths[slot]), leaving)
         return leaving if finite_rows(leaving) else None
 
 

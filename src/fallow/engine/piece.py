@@ -9,18 +9,21 @@ It knows slots and positions, not sessions, and checks nothing: its caller has.
 """
 
 from collections import OrderedDict
+from contextlib import ExitStack
 from typing import Any
 
+import msgspec
 import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
 from fallow.domain.errors import EngineError
-from fallow.domain.model import Manifest, Span
+from fallow.domain.model import Manifest, ModelConfig, Quantisation, Span
 from fallow.engine.contract import PREFILL_CHUNK_ROWS
 from fallow.engine.graph import Graph, head_graph, piece_graph, wire_dtype
 from fallow.engine.kv import LayerCache
-from fallow.engine.weights import Files, Weights, head_weights, piece_weights
+from fallow.engine.replay import IMAGES, Images
+from fallow.engine.weights import Files, Weights, head_weights
 
 BINDINGS_MAX = 128
 """Windows whose bindings a piece keeps; making one costs about 40 µs a layer."""
@@ -33,14 +36,14 @@ Array = NDArray[Any]
 class Workspace:
     """The memory that all calls of a model's pieces share. Sizes: `rows` rows or slots, whichever is more."""
 
-    def __init__(self, manifest: Manifest, slots: int) -> None:
-        hidden = manifest.config.hidden_size
+    def __init__(self, config: ModelConfig, quantisation: Quantisation, slots: int) -> None:
+        hidden = config.hidden_size
         rows = max(PREFILL_CHUNK_ROWS, slots)
-        self.x: Array = np.zeros((rows, hidden), wire_dtype(manifest.quantisation))
+        self.x: Array = np.zeros((rows, hidden), wire_dtype(quantisation))
         self.y: Array = np.zeros_like(self.x)
         self.final = np.zeros((rows, hidden), np.float32)
         self.positions = np.zeros(rows, np.int64)
-        self.lengths = np.zeros(slots, np.int32)
+        self.lengths = np.zeros(rows, np.int32)
         self.longest = np.zeros(1, np.int32)
 
     def decode_at(self, positions: NDArray[np.int64]) -> None:
@@ -57,23 +60,31 @@ class Workspace:
         self.longest[0] = position + rows + 1
 
 
+class PieceShape(msgspec.Struct, frozen=True, kw_only=True):
+    """What the pieces of a model have in common."""
+
+    config: ModelConfig
+    quantisation: Quantisation
+    slots: int
+    max_len: int
+    threads: int
+
+
 class Piece:
     """Layers of a model, ready to run."""
 
-    def __init__(
-        self, manifest: Manifest, span: Span, files: Files, workspace: Workspace, slots: int, max_len: int, threads: int
-    ) -> None:
-        config = manifest.config
+    def __init__(self, shape: "PieceShape", span: Span, weights: Weights, workspace: Workspace) -> None:
+        """Raises `EngineError` when the runtime cannot build it."""
+        config = shape.config
         self.span = span
-        weights = piece_weights(files, manifest, span, max_len)
-        graph = piece_graph(config, manifest.quantisation, span, max_len)
         self.sizes_bytes = weights.sizes_bytes
+        graph = piece_graph(config, shape.quantisation, span, shape.max_len)
         self.is_last = span.last == config.layer_count
         self._workspace = workspace
-        self._session = _session(graph, weights, threads)
+        self._session = _session(graph, weights, shape.threads)
         self._weights = weights
         self._caches = {
-            layer: LayerCache(slots, config.kv_head_count, max_len, config.head_dim)
+            layer: LayerCache(shape.slots, config.kv_head_count, shape.max_len, config.head_dim)
             for layer in range(span.first, span.last)
         }
         self._bindings: OrderedDict[tuple[int, int, int], ort.IOBinding] = OrderedDict()
@@ -88,12 +99,35 @@ class Piece:
         key = (first_slot, batch, rows)
         binding = self._bindings.get(key)
         if binding is None:
-            binding = self._bindings[key] = self._bind(first_slot, batch, rows)
+            binding = self._bindings[key] = self._bind(self._windows(first_slot, batch), batch, rows)
             if len(self._bindings) > BINDINGS_MAX:
                 self._bindings.popitem(last=False)
         else:
             self._bindings.move_to_end(key)
         self._session.run_with_iobinding(binding)
+
+    def replay(self, slot: int, length: int, x: Array) -> Array:
+        """Decode rows `x [N, H]` of one session from position `length` on, `IMAGES` a call (`replay.py`).
+
+        Returns what leaves the piece, `[N, H]`. Raises `EngineError`.
+        """
+        space, leaving = self._workspace, np.empty((len(x), x.shape[1]), self.output.dtype)
+        with ExitStack() as stack:
+            images: dict[str, Images] = {}
+            for layer, cache in self._caches.items():
+                for kind, array in zip("kv", cache.arrays(), strict=True):
+                    images[f"{kind}{layer}"] = stack.enter_context(Images(array[slot], length))
+            for start in range(0, len(x), IMAGES):
+                rows = x[start : start + IMAGES]
+                count = len(rows)
+                space.x[:count] = rows
+                space.decode_at(np.arange(length + start, length + start + count))
+                windows = {name: image.array[:count] for name, image in images.items()}
+                self._session.run_with_iobinding(self._bind(windows, count, 1))
+                leaving[start : start + count] = self.output[:count]
+            for image in images.values():
+                image.keep(length + len(x))
+        return leaving
 
     def release(self, slot: int) -> None:
         """Give back the memory of a slot that holds nothing any more."""
@@ -104,7 +138,15 @@ class Piece:
         for cache in self._caches.values():
             cache.swap(one, one_length, other, other_length)
 
-    def _bind(self, first_slot: int, batch: int, rows: int) -> ort.IOBinding:
+    def _windows(self, first_slot: int, batch: int) -> dict[str, Array]:
+        """The cache of neighbouring slots, by input name."""
+        return {
+            f"{kind}{layer}": array[first_slot : first_slot + batch]
+            for layer, cache in self._caches.items()
+            for kind, array in zip("kv", cache.arrays(), strict=True)
+        }
+
+    def _bind(self, windows: dict[str, Array], batch: int, rows: int) -> ort.IOBinding:
         space, count = self._workspace, batch * rows
         hidden = space.x.shape[1]
         binding = self._session.io_binding()
@@ -113,11 +155,9 @@ class Piece:
         _bind_input(binding, "lengths", space.lengths[:batch])
         _bind_input(binding, "longest", space.longest)
         _bind_output(binding, "y", self.output[:count].reshape(batch, rows, hidden))
-        for layer, cache in self._caches.items():
-            for kind, array in zip("kv", cache.arrays(), strict=True):
-                window = array[first_slot : first_slot + batch]
-                _bind_input(binding, f"{kind}{layer}", window)
-                _bind_output(binding, f"{kind}{layer}_out", window)
+        for name, window in windows.items():
+            _bind_input(binding, name, window)
+            _bind_output(binding, f"{name}_out", window)
         return binding
 
 

@@ -1,7 +1,8 @@
 """A device's data endpoint: reachable on this host through a socket, and from anywhere through iroh.
 
-Rules: a peer whose socket is here and ours is dialled there; when that fails, and for everybody else, iroh. Either
-way the peer's key is proved, so the choice changes the cost of a link and nothing else.
+Rules: a peer whose socket is here and ours is dialled there; when that fails, and for everybody else, iroh. Only a
+socket that nobody listens on any more is final, because its process is gone. Either way the peer's key is proved, so
+the choice changes the cost of a link and nothing else.
 """
 
 import asyncio
@@ -13,7 +14,7 @@ from fallow.domain.frames import PeerAddress
 from fallow.fabric.accept_queue import AcceptQueue
 from fallow.fabric.contract import PushLink
 from fallow.fabric.iroh_link import IrohEndpoint
-from fallow.fabric.local_link import LocalEndpoint, socket_path, supported
+from fallow.fabric.local_link import LocalEndpoint, PeerProcessGone, socket_path, supported
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +38,8 @@ class CompositeEndpoint:
         if socket_path(address) is not None:
             try:
                 return await self._local.connect(address)
+            except PeerProcessGone:
+                raise  # its other endpoint went with it: dialling that would only take long
             except LinkClosed as error:
                 log.info("no local link, trying the network: %s", error)
         return await self._remote.connect(address)

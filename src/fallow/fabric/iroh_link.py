@@ -36,7 +36,8 @@ WRITE_BYTES: Final = 64 * 1024
 """Queued frames are joined into writes of about this size; a larger payload is cut into pieces of four times it."""
 MAX_PENDING_INBOUND: Final = 64
 """Inbound connections that are being set up at once; more are refused."""
-CLOSE_TIMEOUT_S: Final = 3.0
+CLOSE_TIMEOUT_S: Final = 1.0
+"""iroh waits for dead peers to confirm; nobody needs that."""
 
 log = logging.getLogger(__name__)
 

@@ -45,6 +45,10 @@ JOIN_BYTES: Final = 64 * 1024
 log = logging.getLogger(__name__)
 
 
+class PeerProcessGone(LinkClosed):
+    """The peer's socket is there and nobody listens: its process ended without tidying up."""
+
+
 def supported() -> bool:
     """Whether this platform has Unix domain sockets in asyncio."""
     return sys.platform != "win32"
@@ -106,6 +110,8 @@ class LocalEndpoint:
                 return await handshake.opened
         except TimeoutError:
             raise LinkClosed(f"{address.node[:8]} did not answer on its socket") from None
+        except ConnectionRefusedError:
+            raise PeerProcessGone(f"the process of {address.node[:8]} on this host is gone") from None
         except OSError as error:
             raise LinkClosed(f"cannot reach {address.node[:8]} on this host: {error.strerror}") from None
         finally:

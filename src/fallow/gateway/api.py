@@ -25,7 +25,7 @@ from fallow.gateway.contract import TokenSource
 from fallow.gateway.generation import ChoiceSpec, Chunk, Tally, generate, generate_all
 from fallow.gateway.keys import ApiKey, KeyRing, Lease
 from fallow.gateway.metrics import GatewayMetrics
-from fallow.gateway.problems import Problem, http_problem, overloaded, problem_of
+from fallow.gateway.problems import Problem, foreign_host, http_problem, overloaded, problem_of
 from fallow.gateway.replies import Answer, ChatAnswer, CompletionAnswer, Envelope
 from fallow.gateway.requests import (
     MAX_CHOICES,
@@ -49,6 +49,7 @@ from fallow.gateway.wire import (
     ClientGone,
     EventStream,
     header,
+    is_local,
     read_body,
     send_json,
     send_problem,
@@ -129,6 +130,12 @@ class _Gateway:
         self._started_unix_s = int(clock.unix_s())
         self._models = TextModels(source.models, tokenizer_file, lambda: datetime.fromtimestamp(clock.unix_s()))
 
+    def _identify(self, scope: Scope) -> str:
+        """Who asks. Raises a 401 or 403 `Problem`."""
+        if self._keys.open and not is_local(scope):
+            raise foreign_host()
+        return self._keys.identify(header(scope, b"authorization"))
+
     # --- plain endpoints --------------------------------------------------------------------------
 
     async def health(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -141,12 +148,12 @@ class _Gateway:
         await send({"type": "http.response.body", "body": body})
 
     async def list_models(self, scope: Scope, receive: Receive, send: Send) -> None:
-        self._keys.identify(header(scope, b"authorization"))
+        self._identify(scope)
         cards = [ModelCard(id=each.name, created=self._started_unix_s) for each in self._source.models()]
         await send_json(send, msgspec.json.encode(ModelList(data=cards)))
 
     async def show_model(self, scope: Scope, receive: Receive, send: Send) -> None:
-        self._keys.identify(header(scope, b"authorization"))
+        self._identify(scope)
         model = await self._models.get(scope["path_params"]["model"])
         card = ModelCard(id=model.manifest.name, created=self._started_unix_s)
         await send_json(send, msgspec.json.encode(card))
@@ -160,7 +167,7 @@ class _Gateway:
         await self._generate(scope, receive, send, self._prepare_completion)
 
     async def _generate(self, scope: Scope, receive: Receive, send: Send, prepare: Prepare) -> None:
-        lease = self._keys.enter(self._keys.identify(header(scope, b"authorization")))
+        lease = self._keys.enter(self._identify(scope))
         tallies: list[Tally] = []
         prompt_tokens = 0
         try:

@@ -2,7 +2,8 @@
 
 Only SHA-256 digests of keys are kept; keys are drawn with 256 random bits, so a slow hash would protect nothing more.
 Every digest is compared in constant time, all of them each time. No keys configured means open: the configuration
-allows that on loopback only. What a key may use is decided by `policy/rate_limit.py`.
+allows that on loopback only, and `api.py` then refuses requests that name another host. What a key may use is decided
+by `policy/rate_limit.py`.
 """
 
 import hashlib
@@ -62,18 +63,21 @@ class KeyRing:
         try:
             self._digests = tuple(bytes.fromhex(key.sha256) for key in self._keys)
         except ValueError as error:
-            raise ConfigError(
-                "An API key's sha256 is not hexadecimal; it is the SHA-256 of the key, 64 hex digits."
-            ) from error
+            raise ConfigError("An API key's sha256 is not hexadecimal; make one with `fallow key create`.") from error
         if any(len(digest) != 32 for digest in self._digests):
-            raise ConfigError("An API key's sha256 does not have the 64 hex digits of a SHA-256.")
+            raise ConfigError("An API key's sha256 does not have 64 hex digits; make one with `fallow key create`.")
         self._limits = {key.id: key.limits for key in self._keys}
         now_s = clock.monotonic_s()
         self._usage = {key.id: fresh_usage(key.limits, now_s) for key in self._keys}
 
+    @property
+    def open(self) -> bool:
+        """Whether anybody may ask, because no keys are configured."""
+        return not self._keys
+
     def identify(self, authorization: str | None) -> str:
         """The owner behind an `Authorization` header. Raises a 401 `Problem`."""
-        if not self._keys:
+        if self.open:
             return OPEN_OWNER
         scheme, _, secret = (authorization or "").partition(" ")
         secret = secret.strip()

@@ -77,6 +77,14 @@ def invalid_key(message: str) -> Problem:
     return Problem(401, ErrorBody(message=message, type="invalid_request_error", code="invalid_api_key"))
 
 
+def foreign_host() -> Problem:
+    message = (
+        "Without API keys this gateway answers only requests to localhost, and none from web pages of other origins. "
+        "Configure an API key to use it under another name."
+    )
+    return Problem(403, ErrorBody(message=message, type="invalid_request_error", code="foreign_host"))
+
+
 def rate_limited(message: str, kind: str, retry_after_s: float) -> Problem:
     return Problem(429, ErrorBody(message=message, type=kind, code="rate_limit_exceeded"), retry_after_s)
 

@@ -122,7 +122,8 @@ def distribution(
 ) -> tuple[NDArray[np.intp] | None, NDArray[np.float64]]:
     """What to draw from: positions into `logits` (`None`: all of them, in order) and their weights `[m]`.
 
-    Weights are not negative, the largest is 1, and they are in proportion to the probabilities. Temperature is at least `GREEDY_BELOW`.
+    Weights are not negative, the largest is 1, and they are in proportion to the probabilities. The
+    temperature is at least `GREEDY_BELOW`.
     """
     scaled = logits.astype(np.float64)
     scaled -= scaled.max()

@@ -5,6 +5,7 @@ headers with its first event, so an error before that still gets its own status.
 """
 
 import asyncio
+import re
 from collections.abc import Coroutine
 from typing import Any
 
@@ -13,6 +14,8 @@ from starlette.types import Receive, Scope, Send
 from fallow.gateway.problems import Problem, http_problem
 
 MAX_DISCARDED_BYTES = 64 << 20
+
+_LOOPBACK = re.compile(r"(localhost|127(\.[0-9]{1,3}){3}|\[::1\])(:[0-9]{1,5})?", re.IGNORECASE)
 
 _STREAM_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -75,6 +78,17 @@ async def _part(receive: Receive) -> tuple[bytes, bool]:
 def header(scope: Scope, name: bytes) -> str | None:
     """The first header of that lower-case name."""
     return next((value.decode("latin-1") for key, value in scope["headers"] if key == name), None)
+
+
+def is_local(scope: Scope) -> bool:
+    """Whether a request names this machine as its host, and comes from no foreign web page.
+
+    A browser lets any page send requests to the loopback, and after DNS rebinding also read the replies; its `Host`
+    and `Origin` headers give it away.
+    """
+    origin = header(scope, b"origin")
+    names = [header(scope, b"host")] if origin is None else [header(scope, b"host"), origin.partition("://")[2]]
+    return all(name is not None and _LOOPBACK.fullmatch(name) is not None for name in names)
 
 
 async def send_json(send: Send, body: bytes, status: int = 200) -> None:

@@ -18,7 +18,7 @@ import numpy as np
 from fallow.domain.errors import ModelError
 from fallow.domain.model import Family, Llama3RopeScaling, ModelConfig
 from fallow.models.gguf_file import GgufFile, GgufTensor, open_gguf
-from fallow.models.gguf_tokenizer import end_of_generation_ids, special_token_texts, tokenizer_json_from_gguf
+from fallow.models.gguf_tokenizer import end_of_generation_ids, special_token_texts, token_id, tokenizer_json_from_gguf
 from fallow.models.manifest import check_config
 from fallow.models.rope_factors import recover_llama3_scaling
 from fallow.models.source import (
@@ -60,12 +60,11 @@ class GgufSource:
         metadata, path = self._file.metadata, self._file.path
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
-        bos = metadata.get("tokenizer.ggml.bos_token_id")
         return SourceDetails(
             name=text_or_none(metadata.get("general.name")) or path.stem,
             tokenizer_json=tokenizer_json_from_gguf(metadata),
             chat_template=text_or_none(metadata.get("tokenizer.chat_template")),
-            bos_token_id=bos if isinstance(bos, int) else None,
+            bos_token_id=token_id(metadata, "bos"),
             eos_token_ids=end_of_generation_ids(metadata),
             special_tokens=special_token_texts(metadata),
             licence=text_or_none(metadata.get("general.license")),

@@ -43,15 +43,15 @@ def tokenizer_json_from_gguf(metadata: dict[str, Any]) -> bytes:
     else:
         raise ModelError(f"tokenizer kind {str(kind)[:40]!r} is not served; expected 'gpt2' or 'llama'")
     _add_special_tokens(tokenizer, metadata, tokens)
-    _add_bos(tokenizer, metadata, tokens, default=kind == "llama")
+    _add_bos(tokenizer, metadata, tokens)
     return tokenizer.to_str().encode("utf-8")
 
 
 def end_of_generation_ids(metadata: dict[str, Any]) -> tuple[int, ...]:
     """The declared end tokens, then control tokens that are known to end a turn."""
     tokens, types = _tokens(metadata), _types(metadata)
-    declared = [metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
-    ids = [token for token in declared if isinstance(token, int) and 0 <= token < len(tokens)]
+    declared = [token_id(metadata, name) for name in ("eos", "eot", "eom")]
+    ids = [token for token in declared if token is not None]
     known = [
         index
         for index, text in enumerate(tokens)
@@ -64,8 +64,16 @@ def special_token_texts(metadata: dict[str, Any]) -> dict[str, str]:
     """`bos_token`, `eos_token`, `unk_token` and `pad_token`, as far as declared."""
     tokens = _tokens(metadata)
     names = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
-    ids = {name: metadata.get(f"tokenizer.ggml.{key}_token_id") for name, key in names.items()}
-    return {name: tokens[token] for name, token in ids.items() if isinstance(token, int) and 0 <= token < len(tokens)}
+    ids = {name: token_id(metadata, key) for name, key in names.items()}
+    return {name: tokens[token] for name, token in ids.items() if token is not None}
+
+
+def token_id(metadata: dict[str, Any], name: str) -> int | None:
+    """The id of `bos`, `eos`, `unknown` …, or `None` when the file gives none or one outside the vocabulary."""
+    value = metadata.get(f"tokenizer.ggml.{name}_token_id")
+    if type(value) is int and 0 <= value < len(_tokens(metadata)):
+        return value
+    return None
 
 
 def _byte_level_bpe(metadata: dict[str, Any], tokens: list[str]) -> Tokenizer:
@@ -107,8 +115,8 @@ def _sentencepiece_bpe(metadata: dict[str, Any], tokens: list[str]) -> Tokenizer
     if scores is None or len(scores) != len(tokens):
         raise ModelError("tokenizer.ggml.scores: expected one score per token")
     vocabulary = {text: index for index, text in enumerate(tokens)}
-    unknown = metadata.get("tokenizer.ggml.unknown_token_id", 0)
-    unknown_text = tokens[unknown] if isinstance(unknown, int) and 0 <= unknown < len(tokens) else None
+    unknown = token_id(metadata, "unknown")
+    unknown_text = None if unknown is None else tokens[unknown]
     merges = _merges_by_score(vocabulary, [float(score) for score in scores])
     model = _bpe(vocab=vocabulary, merges=merges, unk_token=unknown_text, fuse_unk=True, byte_fallback=True)
     tokenizer = Tokenizer(model)
@@ -149,9 +157,11 @@ def _add_special_tokens(tokenizer: Tokenizer, metadata: dict[str, Any], tokens: 
         raise ModelError("the tokenizer's special tokens are not among its tokens")
 
 
-def _add_bos(tokenizer: Tokenizer, metadata: dict[str, Any], tokens: list[str], *, default: bool) -> None:
-    bos = metadata.get("tokenizer.ggml.bos_token_id")
-    if metadata.get("tokenizer.ggml.add_bos_token", default) is True and isinstance(bos, int) and bos < len(tokens):
+def _add_bos(tokenizer: Tokenizer, metadata: dict[str, Any], tokens: list[str]) -> None:
+    """Put the first token in front of every text, where the file says so or, as llama.cpp, where its kind does."""
+    by_kind = metadata.get("tokenizer.ggml.model") == "llama" or metadata.get("tokenizer.ggml.pre") in LLAMA3_KINDS
+    bos = token_id(metadata, "bos")
+    if bos is not None and metadata.get("tokenizer.ggml.add_bos_token", by_kind) is True:
         text = tokens[bos]
         tokenizer.post_processor = processors.TemplateProcessing(
             single=[text, "$A"], pair=[text, "$A", text, "$B"], special_tokens=[(text, bos)]

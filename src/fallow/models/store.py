@@ -99,7 +99,12 @@ class Store:
         """Give a complete, fsynced file its final name."""
         place = self._place(digest)
         place.parent.mkdir(parents=True, exist_ok=True)
-        temporary.replace(place)
+        try:
+            temporary.replace(place)
+        except PermissionError:  # Windows does not replace a file that is mapped; it is the same file anyway
+            if not place.is_file():
+                raise
+            temporary.unlink()
         _sync_folder(place.parent)
 
     # --- models ---------------------------------------------------------------------------------

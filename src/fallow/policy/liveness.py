@@ -21,6 +21,9 @@ class Liveness(msgspec.Struct, frozen=True, kw_only=True):
     silence_s: float = 1.5
     tick_s: float = 0.125
     """How often the shell looks."""
+    stall_s: float = 0.5
+    """A look that comes later than this means that our own loop was paused. Less is ordinary load, and `silence_s` has
+    room for it."""
     rtt_interval_s: float = 5.0
     """A ping is due at this interval even when there is traffic, to measure the round trip."""
 
@@ -45,9 +48,9 @@ def heard(now_s: float) -> Pulse:
 
 
 def pause_s(previous_tick_s: float, now_s: float, liveness: Liveness) -> float:
-    """How long our own loop was paused between two looks: 0 unless a look came a whole tick late."""
-    gap_s = now_s - previous_tick_s
-    return gap_s - liveness.tick_s if gap_s > 2 * liveness.tick_s else 0.0
+    """How long our own loop was paused between two looks: 0 for ordinary lateness."""
+    late_s = now_s - previous_tick_s - liveness.tick_s
+    return late_s if late_s > liveness.stall_s else 0.0
 
 
 def excuse(pulse: Pulse, paused_s: float, now_s: float) -> Pulse:

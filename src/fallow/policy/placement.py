@@ -19,6 +19,7 @@ shortest chain of moves that makes room is looked for (augmenting paths, as in K
 what is and what should be into commands, in an order that never uncovers a layer without need.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 
 import msgspec
@@ -29,6 +30,9 @@ from fallow.policy.placement_board import Board, ModelNeed, NodeRoom, PlacementR
 
 SETTLE_ROUNDS_MAX = 4
 """A placement is worked out from its own result until nothing changes, so that the next one changes nothing."""
+
+SLOWEST_STEP = 1.3
+"""A finer grid must make the slowest device sooner done by this factor to be worth its extra pieces."""
 
 
 class Placement(msgspec.Struct, frozen=True, kw_only=True):
@@ -104,28 +108,28 @@ def _replicated(board: Board, model: ModelNeed) -> Board:
     return board if cut is None else cut
 
 
-_Tried = dict[int, tuple[tuple[int, float, int], Board]]
-"""By grid size: holders of the thinnest piece, holders a piece, and minus the size; and the board it came to."""
+_Tried = dict[int, tuple[tuple[int, float, int, int], Board]]
+"""By grid size: holders of the thinnest piece, holders a piece, how soon the slowest device would be done, and minus the
+size; and the board it came to."""
 
 
 def _best_cut(board: Board, model: ModelNeed) -> Board | None:
     """The model's pieces handed out over the best grid, on a copy of the board; `None` when no grid covers it."""
     rules = board.rules
-    sizes = range(2, min(rules.max_pieces, model.layer_count) + 1)
     tried: _Tried = {}
-    for size in sizes:
+    now = board.grid_size(model) if board.is_cut(model) else None
+    if now is not None and _try_grid(board, model, now, tried) and tried[now][0][0] >= rules.replicas:
+        return _trial(board, model, now, copies=range(1, board.whole_holders(model) + 2))
+    for size in range(2, min(rules.max_pieces, model.parts_max) + 1):
         _try_grid(board, model, size, tried)
     if not tried:
-        for size in range(rules.max_pieces + 1, model.layer_count + 1):
+        for size in range(rules.max_pieces + 1, model.parts_max + 1):
             if _try_grid(board, model, size, tried):
                 break
-    now = board.grid_size(model)
-    if now not in tried and now > rules.max_pieces:
-        _try_grid(board, model, now, tried)
     if not tried:
         return None
     best = max(tried, key=lambda size: tried[size][0])
-    if now in tried and tried[now][0][0] >= tried[best][0][0]:
+    if now is not None and now in tried and tried[now][0][0] >= tried[best][0][0]:
         best = now
     return _trial(board, model, best, copies=range(1, board.whole_holders(model) + 2))
 
@@ -136,7 +140,8 @@ def _try_grid(board: Board, model: ModelNeed, size: int, tried: _Tried) -> bool:
         return False
     counts = [trial.holders(model, piece) for piece in grid_of(model, size)]
     thinnest = min(*counts, board.rules.replicas)
-    tried[size] = ((thinnest, round(sum(counts) / size, 2), -size), trial)
+    slowest = round(math.log(max(trial.slowest_s(model), 1e-9)) / math.log(SLOWEST_STEP))
+    tried[size] = ((thinnest, round(sum(counts) / size, 2), -slowest, -size), trial)
     return True
 
 
@@ -167,7 +172,7 @@ def _employ(board: Board, node: NodeRoom, models: Sequence[ModelNeed]) -> None:
             board.put_whole(node, model, copy=board.rules.replicas)
             return
         grid = grid_of(model, board.grid_size(model))
-        while True:
+        while all(board.cut_holders(model, piece) for piece in grid):
             fitting = [piece for piece in grid if board.fits(node, model, piece)]
             if not fitting:
                 break

@@ -4,15 +4,16 @@ Pure computation on a private copy. `placement.py` holds the rules that decide; 
 A model is held whole (one piece over all layers) or in pieces of its grid; a device never holds both of one model.
 """
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
+from functools import lru_cache
 from itertools import pairwise
 from typing import NamedTuple
 
 import msgspec
 
 from fallow.domain.ids import Digest, NodeId
-from fallow.domain.model import Span, StageSpec
+from fallow.domain.model import Span, StageSpec, cut_points
 
 SCATTER_PENALTY = 1.5
 """How much later a device may be done and still be preferred, when it extends a run instead of starting another."""
@@ -20,6 +21,8 @@ SCATTER_PENALTY = 1.5
 
 DISPLACED_MAX = 512
 """Held pieces that are considered for displacement before a search for room is given up."""
+
+GRIDS_CACHED_MAX = 1024
 
 
 class PlacementRules(msgspec.Struct, frozen=True, kw_only=True):
@@ -46,6 +49,11 @@ class ModelNeed(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def layer_count(self) -> int:
         return len(self.layer_bytes)
+
+    @property
+    def parts_max(self) -> int:
+        """Into how many pieces it can be cut."""
+        return len(cut_points(self.layer_count)) + 1
 
     @property
     def whole(self) -> Span:
@@ -75,8 +83,16 @@ class NodeRoom(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def grid_of(model: ModelNeed, size: int) -> tuple[Span, ...]:
-    """The model cut into `size` pieces of nearly equal layer counts."""
-    cuts = [round(index * model.layer_count / size) for index in range(size + 1)]
+    """The model cut into `size` pieces of nearly equal layer counts, or into as many as its cut points allow."""
+    return _grid(model.layer_count, size)
+
+
+@lru_cache(maxsize=GRIDS_CACHED_MAX)
+def _grid(layer_count: int, size: int) -> tuple[Span, ...]:
+    edges = (0, *cut_points(layer_count), layer_count)
+    parts = len(edges) - 1
+    size = min(size, parts)
+    cuts = [edges[round(index * parts / size)] for index in range(size + 1)]
     return tuple(Span(first, last) for first, last in pairwise(cuts))
 
 
@@ -101,7 +117,11 @@ class Board:
         self._need = {model.model: model for model in models}
         self._abandoned: set[Digest] = set()
         self._held: dict[NodeId, dict[Digest, set[Span]]] = {node.node: {} for node in nodes}
-        self._grid = {model.model: _grid_in_use(model, nodes, rules) for model in models}
+        self._used: dict[NodeId, tuple[int, int]] = {node.node: (0, 0) for node in nodes}
+        """Bytes of weights and of KV cache."""
+        self._counts: Counter[tuple[Digest, Span]] = Counter()
+        self._size: dict[tuple[Digest, Span], tuple[int, int]] = {}
+        self._grid = {model.model: _grid_in_use(model, nodes) for model in models}
         for node in nodes:
             for model in models:
                 self._adopt(node, model)
@@ -118,6 +138,8 @@ class Board:
         twin.__dict__.update(self.__dict__)
         twin._abandoned = set(self._abandoned)
         twin._grid = dict(self._grid)
+        twin._used = dict(self._used)
+        twin._counts = self._counts.copy()
         twin._held = {node: {model: set(pieces) for model, pieces in held.items()} for node, held in self._held.items()}
         return twin
 
@@ -131,17 +153,25 @@ class Board:
         return self._held[node.node].get(model.model, set())
 
     def whole_holders(self, model: ModelNeed) -> int:
-        return sum(model.whole in self.pieces(node, model) for node in self.nodes)
+        return self._counts[model.model, model.whole]
 
     def cut_holders(self, model: ModelNeed, piece: Span) -> int:
-        return sum(piece in self.pieces(node, model) for node in self.nodes)
+        return self._counts[model.model, piece]
 
     def holders(self, model: ModelNeed, piece: Span) -> int:
         """Devices that hold the piece, alone or as part of the whole."""
         if piece != model.whole:
             return self.whole_holders(model) + self.cut_holders(model, piece)
-        cut = min(self.cut_holders(model, part) for part in grid_of(model, self.grid_size(model)))
-        return self.whole_holders(model) + cut
+        parts = [part for part in grid_of(model, self.grid_size(model)) if part != model.whole]
+        return self.whole_holders(model) + min((self.cut_holders(model, part) for part in parts), default=0)
+
+    def is_cut(self, model: ModelNeed) -> bool:
+        """Whether anybody holds pieces of it rather than the whole."""
+        return any(self.pieces(node, model) - {model.whole} for node in self.nodes)
+
+    def slowest_s(self, model: ModelNeed) -> float:
+        """Compute time of the device that takes longest over what it holds of a model."""
+        return max(sum(p.layer_count for p in self.pieces(node, model)) * node.layer_s for node in self.nodes)
 
     def is_idle(self, node: NodeRoom) -> bool:
         return not any(self._held[node.node].values())
@@ -152,23 +182,28 @@ class Board:
         self, node: NodeRoom, model: ModelNeed, piece: Span, leaving: Sequence[tuple[Digest, Span]] = ()
     ) -> bool:
         """Whether a piece fits beside what is held, once `leaving` has left."""
-        weights, kv, layers = model.bytes_of(piece), self._kv(model, piece), piece.layer_count
-        for digest, pieces in self._held[node.node].items():
-            need = self._need[digest]
-            for held in pieces:
-                if (digest, held) in leaving:
-                    continue
-                if digest == model.model:
-                    if held.first < piece.last and piece.first < held.last:
-                        return False
-                    layers += held.layer_count
-                weights += need.bytes_of(held)
-                kv += self._kv(need, held)
-        share_max = int(self.rules.max_share * model.layer_count + 1e-9)
-        return weights <= node.weights_bytes and kv <= node.kv_bytes and layers <= share_max
+        weights, kv = self._size_of(model, piece)
+        weights, kv = weights + self._used[node.node][0], kv + self._used[node.node][1]
+        for digest, gone in leaving:
+            less = self._size_of(self._need[digest], gone)
+            weights, kv = weights - less[0], kv - less[1]
+        if weights > node.weights_bytes or kv > node.kv_bytes:
+            return False
+        beside = [held for held in self.pieces(node, model) if (model.model, held) not in leaving]
+        if any(held.first < piece.last and piece.first < held.last for held in beside):
+            return False
+        return sum(held.layer_count for held in beside) + piece.layer_count <= self._layers_max(model)
 
-    def _kv(self, model: ModelNeed, piece: Span) -> int:
-        return piece.layer_count * model.kv_bytes_per_token_layer * self.rules.context_tokens
+    def _layers_max(self, model: ModelNeed) -> int:
+        return int(self.rules.max_share * model.layer_count + 1e-9)
+
+    def _size_of(self, model: ModelNeed, piece: Span) -> tuple[int, int]:
+        """Bytes of weights and of KV cache that a piece takes."""
+        size = self._size.get((model.model, piece))
+        if size is None:
+            kv = piece.layer_count * model.kv_bytes_per_token_layer * self.rules.context_tokens
+            size = self._size[model.model, piece] = (model.bytes_of(piece), kv)
+        return size
 
     def fits(self, node: NodeRoom, model: ModelNeed, piece: Span) -> bool:
         return model.model not in node.barred and self._has_room(node, model, piece)
@@ -214,10 +249,20 @@ class Board:
     # --- moves ----------------------------------------------------------------------------------
 
     def put(self, node: NodeRoom, model: ModelNeed, piece: Span) -> None:
-        self._held[node.node].setdefault(model.model, set()).add(piece)
+        pieces = self._held[node.node].setdefault(model.model, set())
+        assert piece not in pieces
+        pieces.add(piece)
+        self._account(node, model, piece, 1)
 
     def _take(self, node: NodeRoom, digest: Digest, piece: Span) -> None:
-        self._held[node.node][digest].discard(piece)
+        self._held[node.node][digest].remove(piece)
+        self._account(node, self._need[digest], piece, -1)
+
+    def _account(self, node: NodeRoom, model: ModelNeed, piece: Span, sign: int) -> None:
+        weights, kv = self._size_of(model, piece)
+        used = self._used[node.node]
+        self._used[node.node] = (used[0] + sign * weights, used[1] + sign * kv)
+        self._counts[model.model, piece] += sign
 
     def best_whole_node(self, model: ModelNeed, copy: int) -> NodeRoom | None:
         """The fastest device that the whole model fits, one where nothing of other models must go if there is any."""
@@ -305,8 +350,17 @@ class Board:
 
     def _is_lawful(self, node: NodeRoom) -> bool:
         """Whether what a node holds fits it. Swaps that were looked at one by one may not do so together."""
-        held = [(digest, piece) for digest, pieces in self._held[node.node].items() for piece in pieces]
-        return all(self._has_room(node, self._need[digest], piece, [(digest, piece)]) for digest, piece in held)
+        weights, kv = self._used[node.node]
+        if weights > node.weights_bytes or kv > node.kv_bytes:
+            return False
+        for digest, pieces in self._held[node.node].items():
+            need = self._need[digest]
+            ordered = sorted(pieces)
+            if any(a.last > b.first for a, b in pairwise(ordered)):
+                return False
+            if sum(piece.layer_count for piece in ordered) > self._layers_max(need):
+                return False
+        return True
 
     def _rehomed(self, swap: "_Swap", copy: int) -> bool:
         """Place what a swap displaced; nothing to do when copies enough remain."""
@@ -326,8 +380,9 @@ class Board:
         """Cut the model `size` times from now on; pieces of another grid go."""
         self._grid[model.model] = size
         lawful = {model.whole, *grid_of(model, size)}
-        for held in self._held.values():
-            held[model.model] = held.get(model.model, set()) & lawful
+        for node in self.nodes:
+            for piece in self.pieces(node, model) - lawful:
+                self._take(node, model.model, piece)
 
     def abandon(self, model: ModelNeed) -> None:
         """The model cannot be served: what is left of it stays only where nobody needs the room."""
@@ -346,10 +401,10 @@ class Board:
         }
 
 
-def _grid_in_use(model: ModelNeed, nodes: Sequence[NodeRoom], rules: PlacementRules) -> int:
+def _grid_in_use(model: ModelNeed, nodes: Sequence[NodeRoom]) -> int:
     """The grid that most of the held pieces belong to; the coarsest when several or none."""
     held = [piece for node in nodes for stage in node.hosted if stage.model == model.model for piece in stage.pieces]
     if not held:
-        return min(2, model.layer_count)
-    sizes = range(2, model.layer_count + 1)
+        return min(2, model.parts_max)
+    sizes = range(2, model.parts_max + 1)
     return max(sizes, key=lambda size: (sum(p in grid_of(model, size) for p in held), -size), default=1)

@@ -1,7 +1,7 @@
 """Models and drivers for the engine's tests: family fixtures imported once, and steps with less writing."""
 
 import tempfile
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -52,7 +52,7 @@ def _store():
     return store
 
 
-@lru_cache(maxsize=None)
+@cache
 def family(name, quantisation=Quantisation.F32):
     """A family fixture of `tests/fixtures/families`, imported once a test run."""
     report = import_model(
@@ -61,7 +61,7 @@ def family(name, quantisation=Quantisation.F32):
     return Model(_store(), report.manifest, report.digest)
 
 
-@lru_cache(maxsize=None)
+@cache
 def reference(name):
     return dict(np.load(FIXTURES / name / "reference.npz"))
 

@@ -27,12 +27,19 @@ def test_with_a_punctual_loop_a_dead_peer_is_lost_within_two_seconds(gaps_s: lis
     assert LIVENESS.silence_s <= sum(gaps_s[:looks]) + 1e-9 <= LIVENESS.silence_s + 2 * LIVENESS.tick_s
 
 
+@given(st.lists(st.floats(0.1, 0.6), min_size=20, max_size=20))
+def test_ordinary_load_delays_it_by_two_looks_at_most(gaps_s: list[float]) -> None:
+    looks = _noticed_after(gaps_s)
+    assert looks is not None
+    assert sum(gaps_s[:looks]) <= LIVENESS.silence_s + max(gaps_s[:looks])
+
+
 @given(st.lists(gaps, min_size=40, max_size=40))
 def test_a_dead_peer_is_noticed_however_the_loop_is_starved(gaps_s: list[float]) -> None:
     assert _noticed_after(gaps_s) is not None
 
 
-@given(st.floats(0, 1.4), st.floats(0.3, 1e6))
+@given(st.floats(0, 1.4), st.floats(0.7, 1e6))
 def test_after_a_pause_of_ours_a_peer_gets_a_fresh_period(silent_s: float, paused_for_s: float) -> None:
     now_s = silent_s + paused_for_s
     paused_s = pause_s(silent_s, now_s, LIVENESS)
@@ -52,7 +59,7 @@ def test_a_pulse_never_moves_back_nor_into_the_future(
 
 
 def test_no_pause_is_seen_in_a_loop_that_is_a_little_late() -> None:
-    assert pause_s(1.0, 1.0 + 2 * LIVENESS.tick_s, LIVENESS) == 0.0
+    assert pause_s(1.0, 1.0 + LIVENESS.tick_s + LIVENESS.stall_s, LIVENESS) == 0.0
 
 
 @given(st.floats(0, 10), st.floats(0, 10))

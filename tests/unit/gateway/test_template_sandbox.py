@@ -91,10 +91,10 @@ REFUSED = {
 
 @pytest.mark.parametrize("source", STOPPED.values(), ids=STOPPED.keys())
 def test_hostile_template_is_stopped_in_bounded_time(source: str) -> None:
-    started_s = time.monotonic()
+    started_s = time.thread_time()
     with pytest.raises(ModelError):
         ChatTemplate(source, {}, datetime.now).render(MESSAGES)
-    assert time.monotonic() - started_s < GOAL_S
+    assert time.thread_time() - started_s < GOAL_S
 
 
 @pytest.mark.parametrize("source", REFUSED.values(), ids=REFUSED.keys())

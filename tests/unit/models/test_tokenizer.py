@@ -63,6 +63,9 @@ def test_bos_is_added_where_the_file_says_so(default_metadata):
     tokenizer = rebuilt(default_metadata | {"tokenizer.ggml.add_bos_token": True})
     assert tokenizer.encode("x").ids[0] == 1
     assert tokenizer.encode("x", add_special_tokens=False).ids == tokenizer.encode("x").ids[1:]
+    silent = {key: value for key, value in default_metadata.items() if key != "tokenizer.ggml.add_bos_token"}
+    assert rebuilt(silent).encode("x").ids[0] != 1
+    assert rebuilt(silent | {"tokenizer.ggml.pre": "llama-bpe"}).encode("x").ids[0] == 1
 
 
 @pytest.mark.parametrize(

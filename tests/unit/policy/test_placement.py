@@ -106,7 +106,12 @@ def test_after_a_leave_it_settles_and_moves_only_for_lost_copies(
 
 
 @settings(max_examples=100, deadline=None)
-@given(layers=st.integers(6, 30), nodes=st.integers(2, 6), share=st.sampled_from([0.5, 0.7]), gone=st.integers(0, 5))
+@given(
+    layers=st.sampled_from([6, 12, 30]),
+    nodes=st.integers(2, 6),
+    share=st.sampled_from([0.5, 0.7]),
+    gone=st.integers(0, 5),
+)
 def test_with_room_for_two_copies_any_death_leaves_every_layer_held(
     layers: int, nodes: int, share: float, gone: int
 ) -> None:
@@ -123,11 +128,9 @@ def test_three_equal_devices_that_fit_two_thirds_hold_every_third_twice() -> Non
     need = model(layers=30)
     placed = place([need], [node(i, 3000) for i in range(3)], PlacementRules(max_share=0.7))
     thirds = set(grid_of(need, 3))
-    assert [set(stage.pieces) for (stage,) in placed.stages.values()] == [
-        thirds - {Span(20, 30)},
-        thirds - {Span(0, 10)},
-        thirds - {Span(10, 20)},
-    ]
+    assert {frozenset(stage.pieces) for (stage,) in placed.stages.values()} == {
+        frozenset(thirds - {third}) for third in thirds
+    }
 
 
 def test_a_third_device_changes_nothing_for_the_first_two() -> None:
