@@ -19,6 +19,7 @@ import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
+from fallow.domain.errors import LinkClosed
 from fallow.domain.frames import Frame, PeerAddress, Phase, Rows
 from fallow.domain.ids import NodeId, SessionId
 from fallow.fabric.broker import Broker
@@ -121,7 +122,11 @@ async def peers_exchange(endpoint: LinkEndpoint, address: PeerAddress) -> Exchan
     def on_frame(_: NodeId, __: Frame) -> None:
         waiting.pop().set_result(None)
 
-    peers = Peers(endpoint, SystemClock(), role="gateway", on_frame=on_frame, on_lost=lambda *_: None)
+    def on_lost(_: NodeId, reason: str) -> None:
+        for answer in waiting:
+            answer.set_exception(LinkClosed(reason))
+
+    peers = Peers(endpoint, SystemClock(), role="gateway", on_frame=on_frame, on_lost=on_lost)
     await peers.start()
     await peers.connect(address)
     loop = asyncio.get_running_loop()
@@ -231,13 +236,13 @@ class Bench:
             await self.broker.close()
 
 
-async def measure(rounds: int, pings: int, megabytes: int) -> dict[str, dict[str, float]]:
-    round_trips_s: dict[str, list[float]] = {name: [] for name in TRANSPORTS}
-    throughput: dict[str, list[float]] = {name: [] for name in TRANSPORTS}
+async def measure(names: list[str], rounds: int, pings: int, megabytes: int) -> dict[str, dict[str, float]]:
+    round_trips_s: dict[str, list[float]] = {name: [] for name in names}
+    throughput: dict[str, list[float]] = {name: [] for name in names}
     with tempfile.TemporaryDirectory(prefix="fb") as folder:
         bench = Bench(folder)
         try:
-            exchanges = {name: await bench.open(name) for name in TRANSPORTS}
+            exchanges = {name: await bench.open(name) for name in names}
             for exchange in exchanges.values():
                 for _ in range(50):
                     await exchange(PAYLOAD, True)
@@ -257,7 +262,7 @@ async def measure(rounds: int, pings: int, megabytes: int) -> dict[str, dict[str
                     throughput[name].append(count * len(BULK) / 1e6 / (time.perf_counter() - began_s))
         finally:
             await bench.close()
-    return {name: summary(round_trips_s[name], throughput[name]) for name in TRANSPORTS}
+    return {name: summary(round_trips_s[name], throughput[name]) for name in names}
 
 
 def summary(round_trips_s: list[float], megabytes_per_s: list[float]) -> dict[str, float]:
@@ -274,12 +279,17 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--pings", type=int, default=400)
     parser.add_argument("--megabytes", type=int, default=64)
+    parser.add_argument("--only", nargs="*", choices=TRANSPORTS, default=TRANSPORTS)
     parser.add_argument("--serve", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.serve:
         asyncio.run(serve(*arguments.serve))
         return
-    results = asyncio.run(measure(arguments.rounds, arguments.pings, arguments.megabytes))
+    results = asyncio.run(
+        measure(
+            ["tcp", *(n for n in arguments.only if n != "tcp")], arguments.rounds, arguments.pings, arguments.megabytes
+        )
+    )
     bound = results["tcp"]
     print(f"{'':8}{'RTT p50':>10}{'p99':>10}{'x TCP':>8}{'MB/s':>9}{'x TCP':>8}")
     for name, row in results.items():

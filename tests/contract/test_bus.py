@@ -12,7 +12,8 @@ import pytest
 from tests.unit.fabric.support import eventually, node_id
 
 from fallow.domain.errors import BusMessageError, BusTimeout, BusUnavailable, ConfigError
-from fallow.fabric.broker import Broker, find_server
+from fallow.fabric import broker as broker_module
+from fallow.fabric.broker import Broker, ServerBinary, find_server
 from fallow.fabric.contract import MAX_BUS_MESSAGE_BYTES, Bus, PresenceWatcher
 from fallow.fabric.disconnects import NatsPresence
 from fallow.fabric.memory import MemoryFabric
@@ -333,6 +334,26 @@ def test_the_broker_keeps_port_and_secrets_private_and_stable(adapter: str, tmp_
         (state / "broker.json").write_text("{")
         with pytest.raises(ConfigError, match="damaged"):
             Broker(state)
+
+    asyncio.run(main())
+
+
+def test_a_server_that_cannot_be_restarted_is_given_up(
+    adapter: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if adapter == "memory":
+        return
+    monkeypatch.setattr(broker_module, "RESTART_WAIT_S", 0.001)
+
+    async def main() -> None:
+        broker = Broker(tmp_path / "state")
+        await broker.start()
+        assert broker.pid is not None
+        broker.server = ServerBinary(tmp_path / "missing", "0", "nowhere")
+        os.kill(broker.pid, signal.SIGKILL)
+        await eventually(lambda: broker.failure is not None)
+        assert broker.failure is not None and "times in a row" in broker.failure
+        await broker.close()
 
     asyncio.run(main())
 

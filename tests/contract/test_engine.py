@@ -8,6 +8,7 @@ import asyncio
 import os
 import signal
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -171,7 +172,7 @@ def test_a_session_runs_through_any_run_of_adjacent_pieces(each):
         answer = await world.through([whole], 0, len(PROMPT), PROMPT)
         for cuts in ([1], [2, 3], [1, 2, 3]):
             edges = [0, *cuts, world.model.layer_count]
-            chain = [await world.open(Span(a, b)) for a, b in zip(edges, edges[1:], strict=False)]
+            chain = [await world.open(Span(a, b)) for a, b in pairwise(edges)]
             assert await world.through(chain, 0, len(PROMPT), PROMPT) == answer
             for session in chain:
                 await world.engine.free(session)
@@ -196,7 +197,8 @@ def test_admission_is_by_reservation_and_a_refusal_changes_nothing(each):
         before = world.engine.load_now
         with pytest.raises(KvExhausted):
             await world.engine.open(name_of(998), world.model.digest, world.model.whole, 256)
-        assert world.engine.load_now == before
+        after = world.engine.load_now
+        assert (after.sessions, after.kv_free_bytes) == (before.sessions, before.kv_free_bytes)
         second = await world.open(reserve_tokens=200)
         with pytest.raises(KvExhausted):
             await world.engine.reserve(first, 201)

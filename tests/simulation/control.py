@@ -96,9 +96,7 @@ class StorePeer:
         self.chunks_served = 0
         self._cell = cell
         self._endpoint = cell.fabric.endpoint(self.node)
-        self._peers = Peers(
-            self._endpoint, cell.clock, role="store", on_frame=self._on_frame, on_lost=lambda *_: None
-        )
+        self._peers = Peers(self._endpoint, cell.clock, role="store", on_frame=self._on_frame, on_lost=lambda *_: None)
         self._server = ChunkServer(self.store, self._peers)
         self._bus = cell.fabric.bus(self.node)
 

@@ -104,6 +104,14 @@ class Node:
         for other in [self.fleet.gateway, *others]:
             self.fleet.fabric.cut(self.id, other)
 
+    def thaw(self) -> None:
+        """SIGCONT: it goes on with what it knew."""
+        self.alive = True
+        self.engine.resume()
+        others = [node.id for node in self.fleet.nodes if node is not self]
+        for other in [self.fleet.gateway, *others]:
+            self.fleet.fabric.heal(self.id, other)
+
 
 class Fleet:
     """The medium, the nodes, one gateway; `route` is a greedy table look-up that honours exclude and keep."""
@@ -116,6 +124,8 @@ class Fleet:
         self.gateway = node_id(0xFFFF)
         self.nodes: list[Node] = []
         self.chains: list[Chain] = []
+        self.script: list[list[tuple[int, Span]]] = []
+        """Routes to give out first: node and span of each hop."""
         self.listeners: list[FleetTokenSource] = []
         self.events: list[str] = []
         self.peers = Peers(
@@ -151,6 +161,8 @@ class Fleet:
     async def route(
         self, model: Digest, session: SessionId, reserve_tokens: int, exclude: frozenset[NodeId], keep: Sequence[Hop]
     ) -> tuple[Hop, ...]:
+        if self.script:
+            return tuple(Hop(address=self.nodes[i].endpoint.address, span=span) for i, span in self.script.pop(0))
         hops: list[Hop] = []
         position = 0
         while position < LAYERS:

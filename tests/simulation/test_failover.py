@@ -194,3 +194,54 @@ def test_any_faults_that_leave_a_copy_of_each_span_change_no_answer(
     answers = run_virtual(program())
     for index, answer in enumerate(answers):
         assert answer == undisturbed(list(range(index, index + 140)), 20)
+
+
+def test_a_survivor_that_changes_its_span_does_not_meet_its_old_self() -> None:
+    """Node 1 holds the first and the last third: after the loss it must close the one and open the other."""
+
+    async def program() -> tuple[list[int], float]:
+        fleet = Fleet()
+        await fleet.start((A, B), (A, C), (B, C))
+        fleet.script = [[(1, A), (2, Span(2, 6))], [(0, Span(0, 4)), (1, C)]]
+        chain = fleet.chain()
+        task = asyncio.create_task(generate(chain, PROMPT, COUNT))
+        while len(chain.tokens) < len(PROMPT) + 5:
+            await asyncio.sleep(0.001)
+        assert chain.nodes()[0] == fleet.nodes[1].id
+        fleet.nodes[2].kill()
+        started_s = fleet.clock.monotonic_s()
+        while chain.repairs == 0:
+            await asyncio.sleep(0.001)
+        return await task, fleet.clock.monotonic_s() - started_s
+
+    tokens, repaired_s = run_virtual(program())
+    assert tokens == undisturbed()
+    assert repaired_s < 0.2, "not refused for holding the session already"
+
+
+def test_a_device_that_was_away_during_a_rewind_does_not_bring_back_what_was_cut() -> None:
+    """Node 1 freezes, the conversation goes on elsewhere and is rewound; then node 1 thaws and is used again."""
+
+    async def program() -> tuple[list[int], list[int]]:
+        fleet = Fleet()
+        await fleet.start((A,), (B,), (C,), (A,), (B,))
+        chain = fleet.chain()
+        task = asyncio.create_task(generate(chain, PROMPT, COUNT))
+        while len(chain.tokens) < len(PROMPT) + 5:
+            await asyncio.sleep(0.001)
+        away = fleet.nodes[1]
+        away.freeze()
+        await task
+        await chain.establish(keep_tokens=100)
+        await chain.advance([7] * 50, Phase.PREFILL)
+        away.thaw()
+        fleet.nodes[4].kill()
+        await asyncio.sleep(10)  # until node 1 is no longer avoided
+        follow_up = [*PROMPT[:100], *[7] * 50, *[9] * 60]
+        candidates = await chain.advance([9] * 60, Phase.PREFILL)
+        assert away.id in chain.nodes()
+        fresh = await generate(fleet.chain(1), follow_up, 1)
+        return [int(candidates.ids[0])], fresh
+
+    reused, fresh = run_virtual(program())
+    assert reused == fresh

@@ -30,7 +30,6 @@ from fallow.policy.membership import MembershipRules, flapping
 from fallow.policy.placement import place
 from fallow.policy.placement_board import PlacementRules
 from fallow.policy.placement_plan import Move, NodeNow, plan
-from fallow.policy.routing import covered
 
 ORDER_TIMEOUT_S = 1.0
 ORDER_TRIES_MAX = 3
@@ -135,7 +134,7 @@ class Placer:
                 self._joins_since_s = None
                 self._due_s = self._clock.monotonic_s() + self._times.period_s
                 try:
-                    self._place()
+                    await self._place()
                 except Exception:
                     log.exception("working out the placement failed; the next attempt is in %s s", self._times.period_s)
         finally:
@@ -151,28 +150,27 @@ class Placer:
             return
         self._changed.clear()
 
-    def _place(self) -> None:
+    async def _place(self) -> None:
         now_s = self._clock.monotonic_s()
         fleet = self._fleet()
         entries = fleet.entries()
         if not entries:
             return
-        # The next failure that may be tried again must not wait for a whole period more.
         self._failed_s = {
             key: at_s for key, at_s in self._failed_s.items() if now_s - at_s < self._times.failure_retry_s
         }
         settled = [
-            member.heartbeat
-            for node, member in fleet.members.items()
-            if node in fleet.present()
-            and not member.heartbeat.draining
-            and not flapping(member, now_s, self._membership)
+            heartbeat
+            for node, heartbeat in fleet.present().items()
+            if not heartbeat.draining and not flapping(fleet.members[node], now_s, self._membership)
         ]
         asked = {beat.node: self._asked_of(beat, entries, now_s) for beat in settled}
         rooms = [
             registry.room_of(beat, asked[beat.node], entries, self._barred(beat.node, entries)) for beat in settled
         ]
-        placement = place([registry.need_of(entry) for entry in entries.values()], rooms, self._rules)
+        # In a thread: hundreds of devices take a second, and routes must not wait for it.
+        needs = [registry.need_of(entry) for entry in entries.values()]
+        placement = await asyncio.to_thread(place, needs, rooms, self._rules)
         if placement.unplaceable != self.unplaceable:
             for model, reason in placement.unplaceable.items():
                 log.warning("model %s cannot be served: %s", entries[model].name, reason)
@@ -246,9 +244,3 @@ class Placer:
                 self.on_change()
             return
         self._asked.pop(key, None)
-
-    def coverage(self, entry: ModelEntry) -> list[bool]:
-        """For each layer of a model, whether a node hosts it or is on the way to."""
-        fleet = self._fleet()
-        asked = (registry.asked_stage(beat, entry.model) for beat in fleet.present().values())
-        return covered(entry.config.layer_count, (stage for stage in asked if stage is not None))

@@ -88,7 +88,7 @@ class Goodbye(Header, frozen=True, kw_only=True, tag="goodbye"):
 class OpenStage(Header, frozen=True, kw_only=True, tag="open_stage"):
     """Hold a session on this stage at this epoch. Answered by `StageState` or `Refused`.
 
-    A stage that does not hold it reserves room and starts at position 0. One that does (same gateway, same span)
+    A stage that does not hold it, or holds it for another span, reserves room and starts at position 0. One that does
     keeps its cache, grows the reservation if need be, takes no more rows of older epochs, and answers once what is
     being computed has finished.
     """
@@ -109,6 +109,8 @@ class StageState(Header, frozen=True, kw_only=True, tag="stage_state"):
     position: int
     log_start: int
     """First position whose output rows this stage still keeps; equals `position` when it keeps none."""
+    flowed_epoch: int
+    """Epoch of the last `Flow` that it carried out, 0 for none: rewinds of later epochs have not reached it."""
 
 
 class Refused(Header, frozen=True, kw_only=True, tag="refused"):

@@ -97,6 +97,10 @@ class MemoryEngine:
         """Calls no longer end."""
         self._running.clear()
 
+    def resume(self) -> None:
+        """The opposite of `hang`."""
+        self._running.set()
+
     # --- hosting ---
 
     async def load(self, stage: StageSpec, manifest: Manifest, files: Mapping[Digest, Path]) -> Loaded:

@@ -176,6 +176,7 @@ system_account: SYS
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.DEVNULL,
             stderr=asyncio.subprocess.DEVNULL,
+            start_new_session=True,  # Ctrl-C in a terminal is for us to act on, in our order
             **_die_with_parent(),
         )
         try:

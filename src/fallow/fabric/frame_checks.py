@@ -114,6 +114,7 @@ _FIELDS: Final[dict[str, Check]] = {
     "reserve_tokens": _within(0, MAX_POSITION),
     "position": _position,
     "log_start": _position,
+    "flowed_epoch": _within(0, MAX_EPOCH),
     "previous": _optional(_node),
     "next": _optional(_address),
     "forward_from": _position,

@@ -14,6 +14,8 @@ Rules
 import asyncio
 import contextlib
 import logging
+import re
+import socket
 from collections import deque
 from typing import Any, Final
 
@@ -52,7 +54,17 @@ class _Loopback(iroh.Preset):
         builder.apply_minimal()
         builder.relay_mode(iroh.RelayMode.disabled())
         builder.bind_addr(f"127.0.0.1:{self._port}")
-        builder.bind_addr("[::1]:0")
+        if _has_ipv6_loopback():
+            builder.bind_addr("[::1]:0")  # or iroh would bind every interface's IPv6 address
+
+
+def _has_ipv6_loopback() -> bool:
+    try:
+        with socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as probe:
+            probe.bind(("::1", 0))
+    except OSError:
+        return False
+    return True
 
 
 class IrohEndpoint:
@@ -85,7 +97,7 @@ class IrohEndpoint:
         try:
             return cls(await iroh.Endpoint.bind(options), loopback_only)
         except iroh.IrohError as error:
-            raise LinkClosed(f"cannot open a data endpoint on {host}:{port}: {error.message()}") from None
+            raise LinkClosed(f"cannot open a data endpoint on {host}:{port}: {_words(error)}") from None
 
     @property
     def address(self) -> PeerAddress:
@@ -105,7 +117,7 @@ class IrohEndpoint:
         except TimeoutError:
             raise LinkClosed(f"{address.node[:8]} did not answer within {DIAL_TIMEOUT_S} s") from None
         except iroh.IrohError as error:
-            raise LinkClosed(f"cannot reach {address.node[:8]}: {error.message()}") from None
+            raise LinkClosed(f"cannot reach {address.node[:8]}: {_words(error)}") from None
         return IrohLink(connection, stream)
 
     def accept(self) -> AcceptQueue:
@@ -270,4 +282,7 @@ class IrohLink(LinkCore):
 
 
 def _words(error: Exception) -> str:
-    return str(error.message()) if isinstance(error, iroh.IrohError) else type(error).__name__
+    """An error of the binding in one line, without the places in Rust source that it names."""
+    if not isinstance(error, iroh.IrohError):
+        return type(error).__name__
+    return " ".join(re.sub(r"\(\S+\.rs:\d+:\d+\)", "", error.message()).split())

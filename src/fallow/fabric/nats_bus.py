@@ -135,7 +135,9 @@ async def open_client(urls: str | Sequence[str], name: str) -> Client:
         log.warning("bus: %s: %s", type(error).__name__, error)
 
     async def on_disconnected() -> None:
-        log.warning("bus: disconnected, trying again")
+        # nats-py calls this for our own close as well.
+        if not client.is_closed:
+            log.warning("bus: disconnected, trying again")
 
     async def on_reconnected() -> None:
         log.info("bus: connected again")

@@ -93,7 +93,10 @@ class Peers:
     # --- sending ---
 
     def post(self, peer: NodeId, frame: Frame) -> bool:
-        """Queue a frame on an open link, without waiting. False when there is none or its window is full."""
+        """Queue a frame on an open link, without waiting. False when there is none or its window is full.
+
+        Raises `FrameError` for a frame that no peer would take: too large, or a payload where none belongs.
+        """
         links = self._links.get(peer)
         return links is not None and links[0].link.post(frame)
 

@@ -45,7 +45,7 @@ from fallow.domain.frames import (
 from fallow.domain.ids import Digest, NodeId, SessionId
 from fallow.fabric.peers import Peers
 from fallow.gateway.contract import Candidates
-from fallow.policy.recovery import StagePosition, plan_recovery
+from fallow.policy.recovery import Rewind, StagePosition, plan_recovery, valid_tokens, with_rewind
 
 CHUNK_ROWS = 128
 WINDOW_ROWS = 8 * CHUNK_ROWS
@@ -57,7 +57,7 @@ AVOID_S = 8.0
 """How long a session avoids a device that it lost; longer than the coordinator takes to notice, so that it is not
 dialled again meanwhile."""
 AVOID_ENGINE_S = 1.0
-"""The same for a device whose worker died while its agent lives: it comes back soon, and may be the only one."""
+"""The same for a device that lives and refuses, or whose worker died: it may be the only one, and serve again soon."""
 AVOID_FULL_S = 0.2
 """The same for a device that had no room: it may have some once a kept conversation has made way."""
 STALL_TIMEOUT_S = 15.0
@@ -106,7 +106,9 @@ class Chain:
         self._on_event = on_event
         self._epoch = 0
         self._fed = 0
-        self._valid = 0
+        self._fed_once = 0
+        """The most that was ever fed since the last rewind: a rebuilt chain is fed again from below."""
+        self._rewinds: tuple[Rewind, ...] = ()
         self._received = 0
         self._candidates: Candidates | None = None
         self._trouble: str | None = None
@@ -124,10 +126,11 @@ class Chain:
         """
         self.tokens = self.tokens[:keep_tokens]
         self._phases = self._phases[:keep_tokens]
-        self._fed = self._valid = self._received = keep_tokens
+        self._fed = self._fed_once = self._received = keep_tokens
         self._candidates = None
         self._trouble = None
         self.broken = False
+        self._rewinds = with_rewind(self._rewinds, Rewind(self._epoch + 1, keep_tokens))
         await self._connect(keep=self.hops if keep_tokens else ())
 
     async def advance(self, tokens: Sequence[int], phase: Phase) -> Candidates:
@@ -234,7 +237,7 @@ class Chain:
             )
             payload = np.asarray(self.tokens[self._fed : self._fed + count], np.int32).tobytes()
             self._fed += count
-            self._valid = max(self._valid, self._fed)
+            self._fed_once = max(self._fed_once, self._fed)
             await self._send(self.hops[0].address, Frame(rows, payload))
 
     async def _send(self, address: PeerAddress, frame: Frame) -> None:
@@ -261,6 +264,9 @@ class Chain:
                 if waited_s > REPAIR_TIMEOUT_S:
                     message = f"The chain broke ({reason}) and none was found in {waited_s:.0f} s: {error.message}"
                     raise NoRoute(message) from error
+                if error.message != reason:
+                    reason = error.message
+                    self._on_event(f"session {self.session[:8]}: no chain yet: {reason}")
                 await self._clock.sleep(REPAIR_RETRY_S)
                 continue
             break
@@ -294,7 +300,11 @@ class Chain:
         self._states = {}
         states = await self._open_stages(hops)
         plan = plan_recovery(
-            valid=self._valid, received=self._received, stages=[StagePosition(s.position, s.log_start) for s in states]
+            self._received,
+            [
+                StagePosition(s.position, s.log_start, valid_tokens(self._fed_once, s.flowed_epoch, self._rewinds))
+                for s in states
+            ],
         )
         for index, (hop, stage) in enumerate(zip(hops, plan.stages, strict=True)):
             flow = Flow(
@@ -342,7 +352,7 @@ class Chain:
             if code == KvExhausted.code:
                 self.in_trouble(message, node, AVOID_FULL_S)
                 raise KvExhausted(message)
-            self.in_trouble(message, node)
+            self.in_trouble(message, node, AVOID_S if answer is None else AVOID_ENGINE_S)
             raise StageRefused(f"{node[:8]} refused: {message}", reason=code)
         if self._trouble is not None:
             raise StageRefused(f"The chain broke while it was opened: {self._trouble}", reason="link_closed")

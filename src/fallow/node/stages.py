@@ -14,6 +14,7 @@ It does not route, place, fetch files or talk to the bus.
 
 import asyncio
 import logging
+import secrets
 from collections import deque
 from collections.abc import Coroutine
 
@@ -62,6 +63,9 @@ class _Session:
     def __init__(self, gateway: NodeId, opening: OpenStage) -> None:
         self.gateway = gateway
         self.id: SessionId = opening.session
+        self.engine_id = SessionId(secrets.token_hex(16))
+        """The engine's name for it. Its own, so that a session that is closed and opened again at once (another span)
+        does not meet itself while it is still being freed."""
         self.model = opening.model
         self.span = opening.span
         self.reserved_tokens = 0
@@ -70,6 +74,7 @@ class _Session:
         self.opening: OpenStage | None = opening
         self.flow_pending: Flow | None = None
         self.flow: Flow | None = None
+        self.flowed_epoch = 0
         self.waiting: deque[_Waiting] = deque()
         self.waiting_rows = 0
         self.log = ActivationLog()
@@ -147,10 +152,12 @@ class StageRelay:
         if session.gateway != peer:
             self._refuse(peer, opening, "unknown_session", "That session belongs to another gateway.")
             return
-        if (session.model, session.span) != (opening.model, opening.span):
-            self._refuse(peer, opening, "unknown_session", f"This stage holds {session.span}, not {opening.span}.")
-            return
         if opening.epoch < session.epoch:
+            return
+        if (session.model, session.span) != (opening.model, opening.span):
+            # A leftover of an earlier chain, from before this device was away.
+            self._end(session)
+            self._on_open(peer, opening)
             return
         session.orphaned_at_s = None
         session.fence(opening.epoch)
@@ -258,11 +265,11 @@ class StageRelay:
     async def _answer_opening(self, session: _Session, opening: OpenStage) -> None:
         try:
             if not session.admitted:
-                await self._engine.open(session.id, session.model, session.span, opening.reserve_tokens)
+                await self._engine.open(session.engine_id, session.model, session.span, opening.reserve_tokens)
                 session.admitted = True
                 session.reserved_tokens = opening.reserve_tokens
             elif opening.reserve_tokens > session.reserved_tokens:
-                await self._engine.reserve(session.id, opening.reserve_tokens)
+                await self._engine.reserve(session.engine_id, opening.reserve_tokens)
                 session.reserved_tokens = opening.reserve_tokens
         except EngineLost:
             raise
@@ -277,17 +284,24 @@ class StageRelay:
             session.opening = None
         # The last stage logs nothing: what it answered is with the gateway.
         log_start = session.log.start if session.log.end == session.position else session.position
-        state = StageState(session=session.id, epoch=opening.epoch, position=session.position, log_start=log_start)
+        state = StageState(
+            session=session.id,
+            epoch=opening.epoch,
+            position=session.position,
+            log_start=log_start,
+            flowed_epoch=session.flowed_epoch,
+        )
         await self._send_to_gateway(session, Frame(state))
 
     async def _start_flow(self, session: _Session, flow: Flow) -> None:
         session.flow_pending = None
         if flow.rewind_to is not None and flow.rewind_to < session.position:
-            await self._engine.rewind(session.id, flow.rewind_to)
+            await self._engine.rewind(session.engine_id, flow.rewind_to)
             session.position = flow.rewind_to
             self._log_bytes -= session.log.size_bytes
             session.log.rewind(flow.rewind_to)
             self._log_bytes += session.log.size_bytes
+        session.flowed_epoch = flow.epoch
         session.flow = flow
         if flow.next is None:
             return
@@ -311,7 +325,7 @@ class StageRelay:
             payload = memoryview(payload)[skipped * (len(payload) // rows.count) :]
         count = rows.count - skipped
         step = Step(
-            session=session.id,
+            session=session.engine_id,
             position=session.position,
             count=count,
             phase=rows.phase,
@@ -409,7 +423,7 @@ class StageRelay:
             session.pump.cancel()
             await asyncio.gather(session.pump, return_exceptions=True)
         try:
-            await self._engine.free(session.id)
+            await self._engine.free(session.engine_id)
         except (FallowError, LinkClosed) as error:
             log.debug("session %s: %s", session.id[:8], error)
 

@@ -109,8 +109,8 @@ def _replicated(board: Board, model: ModelNeed) -> Board:
 
 
 _Tried = dict[int, tuple[tuple[int, float, int, int], Board]]
-"""By grid size: holders of the thinnest piece, holders a piece, how soon the slowest device would be done, and minus the
-size; and the board it came to."""
+"""By grid size, the board it came to and what speaks for it: holders of the thinnest piece, holders a piece, minus how
+long the slowest device takes, minus the size."""
 
 
 def _best_cut(board: Board, model: ModelNeed) -> Board | None:
@@ -135,7 +135,8 @@ def _best_cut(board: Board, model: ModelNeed) -> Board | None:
 
 
 def _try_grid(board: Board, model: ModelNeed, size: int, tried: _Tried) -> bool:
-    trial = _trial(board, model, size, copies=range(1, board.rules.replicas + 1))
+    possible = board.may_cover(model, size)
+    trial = _trial(board, model, size, copies=range(1, board.rules.replicas + 1)) if possible else None
     if trial is None:
         return False
     counts = [trial.holders(model, piece) for piece in grid_of(model, size)]
@@ -183,8 +184,10 @@ def _employ(board: Board, node: NodeRoom, models: Sequence[ModelNeed]) -> None:
 
 def _why_not(board: Board, model: ModelNeed) -> str:
     usable = [node for node in board.nodes if model.model not in node.barred]
+    if not board.nodes:
+        return "no device is present"
     if not usable:
-        return "no device is present that could host it"
+        return f"every device present ({len(board.nodes)}) failed to load it a moment ago; their status says why"
     room_mib = sum(node.weights_bytes for node in usable) / 2**20
     limit = f", at most {board.rules.max_share:.0%} of the layers each" if board.rules.max_share < 1 else ""
     return (

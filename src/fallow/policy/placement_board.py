@@ -176,6 +176,18 @@ class Board:
     def is_idle(self, node: NodeRoom) -> bool:
         return not any(self._held[node.node].values())
 
+    def may_cover(self, model: ModelNeed, size: int) -> bool:
+        """Whether enough pieces of a grid could be held at all, were every device empty: a cheap upper bound."""
+        grid = grid_of(model, size)
+        layers = min(piece.layer_count for piece in grid)
+        weights = max(min(model.bytes_of(piece) for piece in grid), 1)
+        places = sum(
+            min(self._layers_max(model) // layers, node.weights_bytes // weights, len(grid))
+            for node in self.nodes
+            if model.model not in node.barred or self.pieces(node, model)
+        )
+        return places >= len(grid)
+
     # --- room -----------------------------------------------------------------------------------
 
     def _has_room(

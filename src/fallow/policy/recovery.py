@@ -13,12 +13,17 @@ from collections.abc import Sequence
 
 import msgspec
 
+REWINDS_MAX = 256
+"""Rewinds of a conversation that are remembered one by one."""
+
 
 class StagePosition(msgspec.Struct, frozen=True):
     """Where a stage stands, as its `StageState` says."""
 
     position: int
     log_start: int
+    valid: int
+    """How many of the conversation's leading tokens it can have computed as they are now."""
 
 
 class StagePlan(msgspec.Struct, frozen=True):
@@ -28,6 +33,33 @@ class StagePlan(msgspec.Struct, frozen=True):
     rewind_to: int | None
 
 
+class Rewind(msgspec.Struct, frozen=True):
+    """The conversation was cut back to `position` tokens in this epoch."""
+
+    epoch: int
+    position: int
+
+
+def with_rewind(rewinds: tuple[Rewind, ...], latest: Rewind, rewinds_max: int = REWINDS_MAX) -> tuple[Rewind, ...]:
+    """Add a rewind. Of two, the later one alone counts when it cuts as deep, so positions rise strictly.
+
+    Beyond `rewinds_max` the newest takes its predecessor's place and position: that may cost a recomputation, and
+    never trusts a row that it should not.
+    """
+    shallower = tuple(rewind for rewind in rewinds if rewind.position < latest.position)
+    if len(shallower) < rewinds_max:
+        return (*shallower, latest)
+    return (*shallower[:-1], Rewind(latest.epoch, shallower[-1].position))
+
+
+def valid_tokens(fed: int, flowed_epoch: int, rewinds: Sequence[Rewind]) -> int:
+    """How many leading tokens a stage that carried out the `Flow` of `flowed_epoch` last can hold as they are now.
+
+    `fed` is how many the gateway has fed in all. Every rewind that the stage has not seen bounds what it holds.
+    """
+    return min([fed, *(rewind.position for rewind in rewinds if rewind.epoch > flowed_epoch)])
+
+
 class ChainPlan(msgspec.Struct, frozen=True):
     """The whole chain's plan; `feed_from` is where the gateway's tokens start."""
 
@@ -35,18 +67,16 @@ class ChainPlan(msgspec.Struct, frozen=True):
     feed_from: int
 
 
-def plan_recovery(valid: int, received: int, stages: Sequence[StagePosition]) -> ChainPlan:
-    """Plan the flows of a chain whose first `valid` tokens still hold and whose results arrived up to `received`.
+def plan_recovery(received: int, stages: Sequence[StagePosition]) -> ChainPlan:
+    """Plan the flows of a chain whose results arrived up to `received`.
 
-    `valid` is below the stages' positions when the conversation was rewound (a follow-up turn that shares a prefix);
-    `received <= valid`.
+    A stage's `valid` is below its position when the conversation was rewound without it: a follow-up turn that shares
+    a prefix, or a device that was away meanwhile.
     """
-    if not 0 <= received <= valid:
-        raise ValueError(f"results up to {received} of {valid} valid tokens")
     plans: list[StagePlan] = []
     needed_from = received
     for stage in reversed(stages):
-        position = min(stage.position, valid)
+        position = min(stage.position, stage.valid)
         if needed_from < position and needed_from < stage.log_start:
             position = needed_from
         rewind_to = position if position < stage.position else None

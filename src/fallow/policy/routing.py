@@ -257,8 +257,8 @@ def _why_not(request: RouteRequest, shape: ModelShape, carriers: Sequence[Carrie
             f"{request.reserve_tokens} tokens at present"
         )
     return (
-        f"the {len(carriers)} devices that are ready{without} hold every layer, but no chain of them uses each device "
-        "once and has room on every hop"
+        f"the {len(carriers)} devices that are ready{without} hold every layer, but no chain that uses each of them "
+        f"once has room for {request.reserve_tokens} tokens on every hop"
     )
 
 

@@ -141,10 +141,10 @@ OPERATIONS = st.lists(
 @settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
 @given(OPERATIONS, st.randoms(use_true_random=False))
 def test_whatever_happens_around_it_a_session_computes_what_it_computes_alone(model, operations, random):
-    """Goal: no schedule, slot, pad or neighbour changes a bit. Method: sessions on mixed spans do random things together;
-    each session's transcript is then repeated alone on a fresh engine, and the answers compared."""
-    driver, transcripts, names = Driver(model.hosted(Span(0, 1), Span(1, 2), Span(2, 3))), {}, {}
-    pieces = [Span(0, 3), Span(0, 1), Span(1, 3), Span(0, 2), Span(2, 3), Span(0, 3)]
+    """Goal: no schedule, slot, pad or neighbour changes a bit. Method: sessions on mixed spans do random things
+    together; each session's transcript is then repeated alone on a fresh engine, and the answers compared."""
+    driver, transcripts, names = Driver(model.hosted(Span(0, 1), Span(1, 2), Span(2, 4))), {}, {}
+    pieces = [Span(0, 4), Span(0, 1), Span(1, 4), Span(0, 2), Span(2, 4), Span(0, 4)]
     opened_count = 0
     pending = []
 
@@ -212,7 +212,7 @@ def test_replay_and_row_by_row_give_the_same_bits(model, monkeypatch):
     """The two ways to rebuild a cache; the second is what runs where the first cannot."""
     answers = []
     for replays in (True, False):
-        driver = Driver(model.hosted(Span(0, 1), Span(1, 3)))
+        driver = Driver(model.hosted(Span(0, 1), Span(1, 4)))
         hosted = next(iter(driver.core._models.values()))
         assert isinstance(hosted, HostedModel)
         assert hosted.replays

@@ -4,7 +4,11 @@ The reference logits are committed (`tests/fixtures/families`). Engines give log
 compared; the promise is 1e-4 relative at 32 bits.
 """
 
+from itertools import pairwise
+
+import msgspec
 import numpy as np
+import onnx
 import pytest
 from engine_world import (
     FAMILIES,
@@ -39,7 +43,7 @@ def every_split(layer_count):
     """One stage, every pair of stages, and one stage a layer."""
     edges = [(0, cut, layer_count) for cut in range(1, layer_count)]
     for edge in [(0, layer_count), *edges, tuple(range(layer_count + 1))]:
-        yield [Span(first, last) for first, last in zip(edge, edge[1:], strict=False)]
+        yield [Span(first, last) for first, last in pairwise(edge)]
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -123,12 +127,8 @@ def test_quantised_splits_agree_bit_for_bit_through_float16_rows(name, quantisat
 
 def test_a_deep_model_is_rounded_at_its_cut_points_alone():
     config = family("llama").manifest.config
-    import msgspec
-
     deep = msgspec.structs.replace(config, layer_count=30)
     assert cut_points(30) == (3, 6, 9, 12, 15, 18, 21, 24, 27)
-    import onnx
-
     graph = onnx.load_from_string(piece_graph(deep, Quantisation.Q8, Span(3, 12), 64).serialised()).graph
     rounded = [node for node in graph.node if node.op_type == "Cast"]
     assert len(rounded) == 2 * 2 + 2  # two inner cuts, the way in and the way out

@@ -1,6 +1,7 @@
 """What the fabric's tests share: a real clock, ids, frames, and a loop on virtual time."""
 
 import asyncio
+import heapq
 import time
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
@@ -52,6 +53,9 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
         return self._now_s
 
     def _run_once(self) -> None:
+        while self._scheduled and self._scheduled[0]._cancelled:  # type: ignore[attr-defined]
+            heapq.heappop(self._scheduled)._scheduled = False  # type: ignore[attr-defined]
+            self._timer_cancelled_count -= 1  # type: ignore[attr-defined]
         if not self._ready and self._scheduled:  # type: ignore[attr-defined]
             self._now_s = max(self._now_s, self._scheduled[0]._when)  # type: ignore[attr-defined]
         super()._run_once()  # type: ignore[misc]

@@ -34,7 +34,7 @@ def bodies(kind: type) -> st.SearchStrategy[dict[str, Any]]:
 
 
 @given(bodies(ChatRequest))
-@settings(max_examples=300)
+@settings(max_examples=150)
 def test_any_chat_body_is_a_plan_or_a_bad_request(body: dict[str, Any]) -> None:
     try:
         request = decode_request(json.dumps(body).encode(), ChatRequest)
@@ -49,7 +49,7 @@ def test_any_chat_body_is_a_plan_or_a_bad_request(body: dict[str, Any]) -> None:
 
 
 @given(bodies(CompletionRequest))
-@settings(max_examples=300)
+@settings(max_examples=150)
 def test_any_completion_body_is_a_plan_or_a_bad_request(body: dict[str, Any]) -> None:
     try:
         request = decode_request(json.dumps(body).encode(), CompletionRequest)

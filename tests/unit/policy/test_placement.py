@@ -62,7 +62,7 @@ def holders(placed: Placement, need: ModelNeed) -> list[int]:
     return counts
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(models=models_drawn, nodes=nodes_drawn, rules=rules_drawn)
 def test_every_placement_is_lawful(models: list[ModelNeed], nodes: list[NodeRoom], rules: PlacementRules) -> None:
     placed = place(models, nodes, rules)
@@ -82,7 +82,7 @@ def test_every_placement_is_lawful(models: list[ModelNeed], nodes: list[NodeRoom
             assert min(holders(placed, need)) >= 1
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(models=models_drawn, nodes=nodes_drawn, rules=rules_drawn)
 def test_what_is_placed_stays_while_the_fleet_stays(
     models: list[ModelNeed], nodes: list[NodeRoom], rules: PlacementRules
@@ -91,7 +91,7 @@ def test_what_is_placed_stays_while_the_fleet_stays(
     assert place(models, hosting(nodes, placed), rules).stages == placed.stages
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(models=models_drawn, nodes=nodes_drawn, rules=rules_drawn, leaver=st.integers(0, 5))
 def test_after_a_leave_it_settles_and_moves_only_for_lost_copies(
     models: list[ModelNeed], nodes: list[NodeRoom], rules: PlacementRules, leaver: int
@@ -105,7 +105,7 @@ def test_after_a_leave_it_settles_and_moves_only_for_lost_copies(
         assert again.stages == {item.node: item.hosted for item in remaining}
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(
     layers=st.sampled_from([6, 12, 30]),
     nodes=st.integers(2, 6),
@@ -233,7 +233,7 @@ def test_two_holders_are_not_taken_away_together() -> None:
     assert len(moves) == 1
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(models=models_drawn, nodes=nodes_drawn, rules=rules_drawn, then=nodes_drawn)
 def test_following_the_plan_ends_where_it_should(
     models: list[ModelNeed], nodes: list[NodeRoom], rules: PlacementRules, then: list[NodeRoom]

@@ -1,0 +1,43 @@
+"""The identity file: made once, private, checked."""
+
+import stat
+from pathlib import Path
+
+import pytest
+
+from fallow.domain.errors import ConfigError
+from fallow.node.identity import identity_of, load_or_create
+
+
+def test_it_is_made_once_and_only_its_owner_may_read_it(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "node.key"
+    first = load_or_create(path)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert load_or_create(path) == first
+    assert load_or_create(tmp_path / "other.key") != first
+
+
+def test_the_node_id_is_the_public_key_of_rfc_8032() -> None:
+    seed = bytes.fromhex("9d61b19deffd5a60ba844af492ec2cc44449c5697b326919703bac031cae7f60")
+    assert identity_of(seed).node == "d75a980182b10ab7d54bfed3c964073a0ee172f3daa62325af021a68f707511a"
+
+
+def test_a_file_that_others_may_read_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "node.key"
+    load_or_create(path)
+    path.chmod(0o644)
+    with pytest.raises(ConfigError, match="chmod 600"):
+        load_or_create(path)
+
+
+@pytest.mark.parametrize("content", [b"", b"short", b"x" * 33])
+def test_a_file_that_is_no_key_is_refused(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "node.key"
+    path.write_bytes(content)
+    path.chmod(0o600)
+    with pytest.raises(ConfigError, match="32 bytes"):
+        load_or_create(path)
+
+
+def test_the_seed_is_not_printed() -> None:
+    assert "ff" * 8 not in repr(identity_of(b"\xff" * 32))
