@@ -16,7 +16,8 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 from fallow.domain.errors import LinkClosed
@@ -33,6 +34,7 @@ from fallow.fabric.peers import Peers
 
 PAYLOAD = bytes(1024)
 BULK = bytes(256 * 1024)
+STEP_TIMEOUT_S = 30
 SERVER_SEED, CLIENT_SEED = b"\x11" * 32, b"\x22" * 32
 TRANSPORTS = ["tcp", "memory", "local", "iroh", "nats"]
 
@@ -248,21 +250,36 @@ async def measure(names: list[str], rounds: int, pings: int, megabytes: int) -> 
                     await exchange(PAYLOAD, True)
             for _ in range(rounds):
                 for name, exchange in exchanges.items():
-                    for _ in range(pings):
-                        began_s = time.perf_counter()
-                        await exchange(PAYLOAD, True)
-                        round_trips_s[name].append(time.perf_counter() - began_s)
+                    async with named_timeout(f"pings over {name}"):
+                        for _ in range(pings):
+                            began_s = time.perf_counter()
+                            await exchange(PAYLOAD, True)
+                            round_trips_s[name].append(time.perf_counter() - began_s)
                 for name, exchange in exchanges.items():
-                    count = megabytes * (1 << 20) // len(BULK)
-                    began_s = time.perf_counter()
-                    for index in range(1, count):
-                        # NATS has no back-pressure: it disconnects a reader that falls 16 MB behind.
-                        await exchange(BULK, name == "nats" and index % 16 == 0)
-                    await exchange(BULK, True)
-                    throughput[name].append(count * len(BULK) / 1e6 / (time.perf_counter() - began_s))
+                    async with named_timeout(f"bulk over {name}"):
+                        throughput[name].append(await bulk(name, exchange, megabytes))
         finally:
             await bench.close()
     return {name: summary(round_trips_s[name], throughput[name]) for name in names}
+
+
+async def bulk(name: str, exchange: Exchange, megabytes: int) -> float:
+    count = megabytes * (1 << 20) // len(BULK)
+    began_s = time.perf_counter()
+    for index in range(1, count):
+        # NATS has no back-pressure: it disconnects a reader that falls 16 MB behind.
+        await exchange(BULK, name == "nats" and index % 16 == 0)
+    await exchange(BULK, True)
+    return count * len(BULK) / 1e6 / (time.perf_counter() - began_s)
+
+
+@asynccontextmanager
+async def named_timeout(what: str) -> AsyncIterator[None]:
+    try:
+        async with asyncio.timeout(STEP_TIMEOUT_S):
+            yield
+    except TimeoutError:
+        raise SystemExit(f"{what} took longer than {STEP_TIMEOUT_S} s") from None
 
 
 def summary(round_trips_s: list[float], megabytes_per_s: list[float]) -> dict[str, float]:

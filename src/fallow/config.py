@@ -114,7 +114,7 @@ class LinksConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """Links between devices and gateways."""
 
     local_sockets: bool = True
-    """Processes of one user on one machine talk through a private Unix socket; `false`: encrypted, as between machines."""
+    """Processes of one user on one machine talk through a private Unix socket; `false`: encrypted, as elsewhere."""
 
 
 class ModelsConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

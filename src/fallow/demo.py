@@ -28,7 +28,7 @@ from fallow.models.default import ensure_default_model
 from fallow.models.store import Store
 from fallow.processes.local_service import LocalService, holders
 
-QUESTION: Final = "Explain to a child, step by step, why a boat made of steel does not sink."
+QUESTION: Final = "Write a short story about a lighthouse keeper and a gull."
 ANSWER_TOKENS: Final = 120
 KILL_AFTER_TOKENS: Final = 40
 NODES: Final = 3
@@ -110,6 +110,7 @@ def _run(folder: Path) -> None:
 
         _title("Who holds what now")
         _show_holders(service.status())
+        console.print(f"({kill.victim} is back because `fallow up` starts again what dies.)")
         _report(calm, disturbed, kill)
 
 

@@ -131,6 +131,23 @@ def test_a_slow_reader_stops_the_sender_and_nothing_is_lost(adapter: str) -> Non
     run(main())
 
 
+def test_a_full_window_opens_again_however_it_was_emptied(adapter: str) -> None:
+    async def main() -> None:
+        async with linked(adapter) as (near, far):
+            came: list[int] = []
+            far.set_receiver(lambda frame: came.append(position(frame)), lambda _: None)
+            sent = 0
+            for _ in range(8):
+                while near.post(rows(sent, bytes(60_000))):  # all in one pass of the loop
+                    sent += 1
+                await near.send(rows(sent, b"waited"))
+                sent += 1
+            await eventually(lambda: len(came) == sent, within_s=30)
+            assert came == list(range(sent))
+
+    run(main())
+
+
 def test_sends_from_several_tasks_do_not_mix(adapter: str) -> None:
     async def main() -> None:
         async with linked(adapter) as (near, far):

@@ -4,13 +4,16 @@ Files are real ones in temporary folders: the toy model's layers are random byte
 """
 
 import random
+from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
 
 from fallow.coordinator.service import Coordinator, CoordinatorConfig
+from fallow.domain.errors import NoRoute
 from fallow.domain.fleet import (
     FleetStatus,
+    Hop,
     ModelEntry,
     NodeGone,
     RouteReply,
@@ -25,6 +28,7 @@ from fallow.engine.memory import MemoryEngine
 from fallow.fabric.memory import MemoryFabric
 from fallow.fabric.memory_bus import MemoryBus
 from fallow.fabric.peers import Peers
+from fallow.gateway.chain import Chain
 from fallow.models.manifest import encode_manifest
 from fallow.models.store import Store
 from fallow.node.agent import Agent, AgentConfig
@@ -142,6 +146,45 @@ class Device:
         return tuple(piece for item in heartbeat.hosted if item.status == "ready" for piece in item.stage.pieces)
 
 
+class Gateway:
+    """Chains whose routes come from the coordinator over the bus."""
+
+    def __init__(self, cell: "Cell") -> None:
+        self.id = node_id(0xBBBB)
+        self._cell = cell
+        self._chains: list[Chain] = []
+        self.peers = Peers(
+            cell.fabric.endpoint(self.id), cell.clock, role="gateway", on_frame=self._on_frame, on_lost=self._on_lost
+        )
+
+    def _on_frame(self, peer: NodeId, frame: Frame) -> None:
+        for chain in self._chains:
+            if getattr(frame.header, "session", None) == chain.session:
+                chain.on_frame(peer, frame)
+
+    def _on_lost(self, peer: NodeId, reason: str) -> None:
+        for chain in self._chains:
+            if peer in chain.nodes():
+                chain.in_trouble(reason, peer)
+
+    async def route(
+        self, model: Digest, session: SessionId, reserve_tokens: int, exclude: frozenset[NodeId], keep: Sequence[Hop]
+    ) -> tuple[Hop, ...]:
+        request = RouteRequest(
+            model=model, session=session, reserve_tokens=reserve_tokens, exclude=tuple(exclude), keep=tuple(keep)
+        )
+        reply = await self._cell.ask(request)
+        if reply.error is not None:
+            raise NoRoute(reply.error)
+        return reply.hops
+
+    def chain(self, index: int) -> Chain:
+        model = self._cell.store.entries[0].model
+        chain = Chain(SessionId(f"{index:032x}"), model, 500, 4, self.peers, self, self._cell.clock, lambda _: None)
+        self._chains.append(chain)
+        return chain
+
+
 class Cell:
     """Everything. `orders` and `gone` record what the coordinator said."""
 
@@ -211,15 +254,18 @@ class Cell:
                             counts[layer] += 1
         return counts
 
-    async def route(self, session: int = 0, **fields: object) -> RouteReply:
-        request = {
-            "model": self.store.entries[0].model,
-            "session": SessionId(f"{session:032x}"),
-            "reserve_tokens": 100,
-            **fields,
-        }
-        message = msgspec.json.encode(msgspec.convert(request, RouteRequest, from_attributes=True))
-        return msgspec.json.decode(await self._observer.request(SUBJECTS.route, message, 1.0), type=RouteReply)
+    async def gateway(self) -> Gateway:
+        gateway = Gateway(self)
+        await gateway.peers.start()
+        return gateway
+
+    async def route(self, session: int = 0) -> RouteReply:
+        model = self.store.entries[0].model
+        return await self.ask(RouteRequest(model=model, session=SessionId(f"{session:032x}"), reserve_tokens=100))
+
+    async def ask(self, request: RouteRequest) -> RouteReply:
+        reply = await self._observer.request(SUBJECTS.route, msgspec.json.encode(request), 1.0)
+        return msgspec.json.decode(reply, type=RouteReply)
 
     async def say(self, subject: str, message: bytes) -> None:
         await self._observer.publish(subject, message)

@@ -1,10 +1,11 @@
 """Goal: the control side gets models onto devices and keeps them there, whatever comes and goes.
 
-Method: real coordinator, agents, fetching and stores over the in-memory fabric on virtual time, toy engines. No
-randomness but the model's bytes (seed 1): each case is a script.
+Method: real coordinator, agents, fetching and stores over the in-memory fabric on virtual time, toy engines. Each case
+is a script; the last one draws its script from seeds, and a seed that ever failed stays. The model's bytes: seed 1.
 """
 
 import asyncio
+import random
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
@@ -15,7 +16,8 @@ from fallow.domain.fleet import Heartbeat, HostedStage
 from fallow.domain.frames import PeerAddress
 from fallow.domain.model import Span
 from fallow.simulator.virtual_time import run_virtual
-from tests.simulation.control import LAYERS, SUBJECTS, Cell, node_id
+from tests.simulation.control import LAYERS, SUBJECTS, Cell, Device, node_id
+from tests.simulation.sessions import generate
 
 Script = Callable[[Cell], Awaitable[None]]
 
@@ -226,5 +228,55 @@ def test_a_joining_device_moves_nothing_that_is_placed(tmp_path: Path) -> None:
         await asyncio.sleep(10.0)
         assert [device.ready() for device in cell.devices[:-1]] == before
         assert cell.devices[-1].ready()
+
+    run(tmp_path, 3, script)
+
+
+@pytest.mark.parametrize("device", [0, 1, 2])
+def test_an_answer_through_the_whole_cell_survives_the_death_of_a_device(tmp_path: Path, device: int) -> None:
+    prompt, count = list(range(100)), 30
+
+    async def script(cell: Cell) -> None:
+        await cell.until(lambda: doubled(cell), 4.0)
+        gateway = await cell.gateway()
+        undisturbed = await generate(gateway.chain(1), prompt, count)
+        chain = gateway.chain(2)
+        answering = asyncio.create_task(generate(chain, prompt, count))
+        while len(chain.tokens) < len(prompt) + count // 2:
+            await asyncio.sleep(0.001)
+        await cell.restart_coordinator()
+        cell.devices[device].kill()
+        assert await answering == undisturbed
+
+    run(tmp_path, 3, script)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_after_any_turmoil_the_fleet_settles_with_everything_held_twice(tmp_path: Path, seed: int) -> None:
+    draw = random.Random(seed)
+
+    async def script(cell: Cell) -> None:
+        alive: list[Device] = list(cell.devices)
+        for _ in range(12):
+            await cell.clock.sleep(draw.choice([0.0, 0.05, 0.6, 3.0, 8.0]))
+            match draw.choice(["join", "kill", "leave", "coordinator", "engine"]):
+                case "kill" if len(alive) > 1:
+                    alive.pop(draw.randrange(len(alive))).kill()
+                case "leave" if len(alive) > 1:
+                    await alive.pop(draw.randrange(len(alive))).agent.drain()
+                case "coordinator":
+                    await cell.restart_coordinator()
+                case "engine":
+                    draw.choice(alive).engine.crash()
+                case _:
+                    alive.append(await cell.join())
+        while len(alive) < 3:
+            alive.append(await cell.join())
+        await cell.clock.sleep(90.0)
+        assert set(cell.coordinator.fleet.present()) == {device.id for device in alive}
+        assert doubled(cell)
+        orders = len(cell.orders)
+        await cell.clock.sleep(60.0)
+        assert len(cell.orders) == orders
 
     run(tmp_path, 3, script)

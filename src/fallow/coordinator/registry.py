@@ -22,6 +22,8 @@ NODES_MAX = 4096
 STORES_MAX = 16
 GATEWAYS_MAX = 256
 GATEWAY_SILENCE_MAX_S = 10.0
+STORE_SILENCE_MAX_S = 15.0
+"""Its models stay in the catalogue, because devices have them; but it is no longer the first to be asked for files."""
 LAYER_UNKNOWN_S = 0.001
 
 _K = TypeVar("_K")
@@ -33,11 +35,16 @@ class HeardGateway(msgspec.Struct, frozen=True):
     heard_s: float
 
 
+class HeardStore(msgspec.Struct, frozen=True):
+    announced: StoreAnnounced
+    heard_s: float
+
+
 class Fleet(msgspec.Struct, frozen=True, kw_only=True):
     """Everybody, as last heard."""
 
     members: dict[NodeId, Member] = {}
-    stores: dict[NodeId, StoreAnnounced] = {}
+    stores: dict[NodeId, HeardStore] = {}
     gateways: dict[NodeId, HeardGateway] = {}
 
     def present(self) -> dict[NodeId, Heartbeat]:
@@ -49,7 +56,7 @@ class Fleet(msgspec.Struct, frozen=True, kw_only=True):
         found: dict[Digest, ModelEntry] = {}
         names: set[str] = set()
         for store in self.stores.values():
-            for entry in store.models:
+            for entry in store.announced.models:
                 if entry.name not in names:
                     names.add(entry.name)
                     found[entry.model] = entry
@@ -82,10 +89,12 @@ class Fleet(msgspec.Struct, frozen=True, kw_only=True):
         }
         return msgspec.structs.replace(self, members=members)
 
-    def with_store(self, announced: StoreAnnounced) -> "Fleet":
+    def with_store(self, announced: StoreAnnounced, now_s: float) -> "Fleet":
         if announced.address.node not in self.stores and len(self.stores) >= STORES_MAX:
             return self
-        return msgspec.structs.replace(self, stores=_with(self.stores, announced.address.node, announced))
+        return msgspec.structs.replace(
+            self, stores=_with(self.stores, announced.address.node, HeardStore(announced, now_s))
+        )
 
     def with_gateway(self, report: GatewayReport, now_s: float) -> "Fleet":
         if report.gateway not in self.gateways and len(self.gateways) >= GATEWAYS_MAX:
@@ -202,12 +211,21 @@ def servable(fleet: Fleet, entry: ModelEntry) -> bool:
     return all(covered(entry.config.layer_count, (item.stage for item in carriers_of(fleet, entry))))
 
 
-def sources_of(fleet: Fleet, model: Digest, for_node: NodeId, sources_max: int) -> tuple[PeerAddress, ...]:
-    """Who has files of a model: stores that announce it first, then nodes that host some of it."""
-    stores = [store.address for store in fleet.stores.values() if any(entry.model == model for entry in store.models)]
+def sources_of(
+    fleet: Fleet, model: Digest, for_node: NodeId, now_s: float, sources_max: int
+) -> tuple[PeerAddress, ...]:
+    """Who has files of a model: stores that announce it, then nodes that host some of it, then stores that have been
+    silent for long."""
+    stores = [
+        (now_s - heard.heard_s > STORE_SILENCE_MAX_S, heard.announced.address)
+        for heard in fleet.stores.values()
+        if any(entry.model == model for entry in heard.announced.models)
+    ]
     nodes = [
         heartbeat.address
         for heartbeat in fleet.present().values()
         if heartbeat.node != for_node and ready_stage(heartbeat, model) is not None
     ]
-    return tuple(dict.fromkeys(stores + nodes))[:sources_max]
+    fresh = [address for silent, address in stores if not silent]
+    stale = [address for silent, address in stores if silent]
+    return tuple(dict.fromkeys(fresh + nodes + stale))[:sources_max]

@@ -27,7 +27,7 @@ from fallow.domain.clock import Clock
 from fallow.domain.errors import BusMessageError, FabricError
 from fallow.domain.fleet import Catalogue, FleetStatus, NodeGone, RouteReply, RouteRequest, Subjects
 from fallow.domain.ids import NodeId
-from fallow.fabric.contract import Bus, PresenceWatcher, Subscription
+from fallow.fabric.contract import MAX_BUS_MESSAGE_BYTES, Bus, PresenceWatcher, Subscription
 from fallow.policy import membership
 from fallow.policy.membership import MembershipRules, Presence
 from fallow.policy.placement_board import PlacementRules
@@ -36,6 +36,8 @@ from fallow.policy.routing import RoutingRules, route
 CHECKS_PER_INTERVAL = 4
 """How often silence is looked for in a heartbeat interval."""
 LOG_PERIOD_S = 10.0
+STATUS_NODES_MAX = 500
+"""Devices in a status that would not fit a bus message with all of them."""
 
 log = logging.getLogger(__name__)
 
@@ -185,8 +187,8 @@ class Coordinator:
     async def _on_store(self, _: str, message: bytes) -> None:
         announced = checks.store_announced(message)
         before = self.fleet.stores.get(announced.address.node)
-        self.fleet = self.fleet.with_store(announced)
-        if before is None or before.models != announced.models:
+        self.fleet = self.fleet.with_store(announced, self._clock.monotonic_s())
+        if before is None or before.announced.models != announced.models:
             log.info("store %s serves %d models", announced.address.node[:8], len(announced.models))
             self._placer.on_change()
 
@@ -218,10 +220,16 @@ class Coordinator:
             msgspec.structs.replace(entry, servable=registry.servable(self.fleet, entry))
             for entry in self.fleet.entries().values()
         )
-        return Catalogue(models=models, stores=tuple(store.address for store in self.fleet.stores.values()))
+        return Catalogue(models=models, stores=tuple(heard.announced.address for heard in self.fleet.stores.values()))
 
     async def _on_status(self, _: str, __: bytes) -> bytes:
-        return msgspec.json.encode(self.status())
+        status = self.status()
+        encoded = msgspec.json.encode(status)
+        if len(encoded) > MAX_BUS_MESSAGE_BYTES:
+            # Links are the bulk of it: a fleet of hundreds is told without them, one of thousands in part.
+            nodes = tuple(msgspec.structs.replace(node, link_rtt_s={}) for node in status.nodes[:STATUS_NODES_MAX])
+            encoded = msgspec.json.encode(msgspec.structs.replace(status, nodes=nodes))
+        return encoded
 
     def status(self) -> FleetStatus:
         now_s = self._clock.monotonic_s()

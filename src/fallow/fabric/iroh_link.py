@@ -36,6 +36,8 @@ PREAMBLE: Final = b"\x01"
 READ_BYTES: Final = 256 * 1024
 WRITE_BYTES: Final = 64 * 1024
 """Queued frames are joined into writes of about this size; a larger payload is cut into pieces of four times it."""
+WRITES_PER_PASS: Final = 8
+"""Writes that one link may do in a row before others get their turn."""
 MAX_PENDING_INBOUND: Final = 64
 """Inbound connections that are being set up at once; more are refused."""
 CLOSE_TIMEOUT_S: Final = 1.0
@@ -193,13 +195,16 @@ class IrohLink(LinkCore):
                 self._enqueue(view[start : start + 4 * WRITE_BYTES])
         # The first frame goes out at once; what follows in the same pass of the loop is joined.
         if not self._flush_scheduled and not self._in_flight_bytes:
-            self._flush_scheduled = True
-            self._loop.call_soon(self._flush_later)
+            self._schedule_flush()
             self._flush()
 
     def _enqueue(self, data: Buffer) -> None:
         self._queue.append(data)
         self._queued_bytes += len(data)
+
+    def _schedule_flush(self) -> None:
+        self._flush_scheduled = True
+        self._loop.call_soon(self._flush_later)
 
     def _flush_later(self) -> None:
         self._flush_scheduled = False
@@ -207,12 +212,20 @@ class IrohLink(LinkCore):
             self._flush()
 
     def _flush(self) -> None:
-        while self._queue and not self._dropped:
+        """Write until iroh takes no more, the queue is empty, or others deserve a turn."""
+        for _ in range(WRITES_PER_PASS):
+            if not self._queue or self._dropped:
+                break
             data = self._next_write()
             self._in_flight_bytes = len(data)
             if not self._writer.write(data):
-                return
+                break
             self._taken()
+        else:
+            if not self._flush_scheduled:
+                self._schedule_flush()
+        # Here and not only when a write was waited for: iroh may have taken a whole window at once.
+        self._room()
 
     def _next_write(self) -> bytes:
         pieces: list[Buffer] = []
@@ -226,7 +239,6 @@ class IrohLink(LinkCore):
     def _written(self) -> None:
         self._taken()
         self._flush()
-        self._room()
 
     def _taken(self) -> None:
         self._queued_bytes -= self._in_flight_bytes

@@ -1,0 +1,248 @@
+"""The commands as a person runs them: real processes, real exit codes, real words."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+from fallow.processes.local_service import LocalService
+from tests.system.harness import MODEL, ask, service
+
+QUESTION = "Why does ice float?"
+
+
+def fallow(
+    *arguments: str, env: dict[str, str] | None = None, cwd: Path | None = None
+) -> subprocess.CompletedProcess[str]:
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("FALLOW_")}
+    return subprocess.run(
+        [sys.executable, "-m", "fallow", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**clean, "COLUMNS": "160", "NO_COLOR": "1", **(env or {})},
+        cwd=cwd,
+        check=False,
+    )
+
+
+# --- help and mistakes ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["", "up", "join", "status", "chat", "model", "model add", "model check", "key create", "config show", "serve"],
+)
+def test_help_is_there_and_says_more_than_options(command: str) -> None:
+    done = fallow(*command.split(), "--help")
+    assert done.returncode == 0
+    assert "Usage:" in done.stdout
+    assert len(done.stdout.split()) > 30
+
+
+@pytest.mark.parametrize("command", ["up", "join", "status", "chat", "model add", "key create", "config show"])
+def test_help_has_examples(command: str) -> None:
+    text = fallow(*command.split(), "--help").stdout
+    assert "Examples:" in text
+    assert len(re.findall(rf"^\s+(?:FALLOW_\S+ )?fallow {command}", text, re.MULTILINE)) >= 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["model", "inspect", "nosuch"], ["nosuch"]),
+        (["model", "remove", "nosuch"], ["nosuch"]),
+        (["model", "add", "no/such/file.gguf"], ["no/such/file.gguf"]),
+        (["model", "check", "nosuch"], ["nosuch"]),
+        (["status"], ["fallow up"]),
+        (["join", "nats://fallow:wrong@127.0.0.1:1"], ["fallow up", "credentials"]),
+        (["join"], ["bus.url"]),
+        (["join", "nats://x@127.0.0.1:1", "--memory", "plenty"], ["node.memory_bytes", "plenty", "a flag"]),
+        (["up", "--api-host", "0.0.0.0"], ["gateway.host", "fallow key create"]),
+        (["chat", "--url", "http://127.0.0.1:1", "hello"], ["127.0.0.1:1", "fallow up"]),
+        (["key", "create", 'a"b'], ["id"]),
+    ],
+)
+def test_a_failure_is_one_sentence_and_status_1(tmp_path: Path, arguments: list[str], words: list[str]) -> None:
+    done = fallow(*arguments, env={"FALLOW_STATE_DIR": str(tmp_path)}, cwd=tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.startswith("fallow: ")
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    for word in words:
+        assert word in done.stderr
+
+
+@pytest.mark.parametrize("arguments", [["nosuch"], ["up", "--nosuch"], ["model", "add"], ["up", "--nodes", "many"]])
+def test_wrong_usage_is_status_2(arguments: list[str]) -> None:
+    done = fallow(*arguments)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+
+
+# --- settings ------------------------------------------------------------------------------------
+
+
+def shown(*arguments: str, cwd: Path, env: dict[str, str] | None = None) -> dict[str, dict[str, object]]:
+    done = fallow("config", "show", "--json", *arguments, cwd=cwd, env=env)
+    assert done.returncode == 0, done.stderr
+    values: dict[str, dict[str, object]] = json.loads(done.stdout)
+    return values
+
+
+def test_environment_beats_file_beats_default(tmp_path: Path) -> None:
+    (tmp_path / "fallow.toml").write_text("[gateway]\nport = 9001\n[node]\nmemory_bytes = '1GiB'\n")
+    values = shown(cwd=tmp_path, env={"FALLOW_GATEWAY_PORT": "9002"})
+    assert values["gateway.port"] == {"value": 9002, "source": "the environment variable FALLOW_GATEWAY_PORT"}
+    assert values["node.memory_bytes"] == {"value": 1 << 30, "source": "the file fallow.toml"}
+    assert values["bus.port"]["source"] == "default"
+
+
+def test_passwords_and_keys_are_not_shown(tmp_path: Path) -> None:
+    (tmp_path / "fallow.toml").write_text(f'[[gateway.keys]]\nid = "a"\nsha256 = "{"ab" * 32}"\n')
+    done = fallow("config", "show", cwd=tmp_path, env={"FALLOW_BUS_URL": "nats://fallow:hidden@127.0.0.1:4222"})
+    assert done.returncode == 0
+    assert "hidden" not in done.stdout
+    assert "abab" not in done.stdout
+
+
+def test_a_made_key_fits_the_file(tmp_path: Path) -> None:
+    done = fallow("key", "create", "alice", "--tokens-per-minute", "1000")
+    assert done.returncode == 0
+    assert re.fullmatch(r"fallow-[\w-]{40,}", done.stdout.strip())
+    lines = done.stderr[done.stderr.index("[[gateway.keys]]") :]
+    assert done.stdout.strip() not in lines
+    (tmp_path / "fallow.toml").write_text(lines)
+    assert shown(cwd=tmp_path)["gateway.keys"]["value"] == "1 keys"
+
+
+# --- a running service -----------------------------------------------------------------------------
+
+
+def test_chat_and_status_find_the_service(split_service: LocalService) -> None:
+    state = {"FALLOW_STATE_DIR": str(split_service.state_dir)}
+    answer = fallow("chat", "--temperature", "0", "--max-tokens", "12", QUESTION, env=state)
+    assert answer.returncode == 0, answer.stderr
+    assert answer.stdout.strip() == ask(split_service.api_url, QUESTION, max_tokens=12).text.strip()
+
+    table = fallow("status", env=state)
+    assert table.returncode == 0, table.stderr
+    for word in ("node-1", "node-2", "node-3", MODEL, "ready", "yes", split_service.api_url):
+        assert word in table.stdout
+    facts = json.loads(fallow("status", "--json", env=state).stdout)
+    assert {node["name"] for node in facts["nodes"]} == {"node-1", "node-2", "node-3"}
+    assert "fallow:" not in json.dumps(facts)  # no credentials
+
+
+def test_chat_names_what_the_api_refused(split_service: LocalService) -> None:
+    done = fallow("chat", "--url", split_service.api_url, "--model", "nosuch", "hello")
+    assert done.returncode == 1
+    assert "nosuch" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_a_conversation_on_standard_input(split_service: LocalService) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "fallow", "chat", "--url", split_service.api_url, "--max-tokens", "5"],
+        input="Hello.\nAnd now?\n\n",
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert len([line for line in done.stdout.splitlines() if line.strip(" >")]) >= 2
+
+
+def test_a_second_up_in_the_same_folder_is_refused(split_service: LocalService) -> None:
+    done = fallow("up", "--port", "0", "--state-dir", str(split_service.state_dir))
+    assert done.returncode == 1
+    assert str(split_service.pid) in done.stderr
+
+
+def test_secrets_are_on_no_command_line_and_in_no_open_file(split_service: LocalService) -> None:
+    password = split_service.bus_url.split(":")[2].split("@")[0]
+    up = psutil.Process(split_service.pid)
+    for process in (up, *up.children(recursive=True)):
+        assert password not in " ".join(process.cmdline())
+    for file in split_service.state_dir.rglob("*"):
+        readable_by_others = file.is_file() and file.stat().st_mode & 0o077
+        if readable_by_others and file.stat().st_size < 1 << 20:
+            assert password.encode() not in file.read_bytes(), file
+
+
+def test_the_coordinator_may_die_during_an_answer(split_service: LocalService) -> None:
+    undisturbed = ask(split_service.api_url, QUESTION, max_tokens=40)
+    pid = split_service.child_pid("coordinator")
+    killed: list[int] = []
+
+    def kill(answer: object) -> None:
+        if not killed:
+            os.kill(pid, signal.SIGKILL)
+            killed.append(pid)
+
+    answer = ask(split_service.api_url, QUESTION, max_tokens=40, on_piece=kill)
+    assert killed
+    assert answer.error is None
+    assert answer.text == undisturbed.text
+    split_service.wait_until_servable(copies=2)
+    assert split_service.child_pid("coordinator") != pid
+
+
+def test_api_keys_of_the_file_are_asked_for(tmp_path: Path, store: Path) -> None:
+    made = fallow("key", "create", "alice")
+    settings = made.stderr[made.stderr.index("[[gateway.keys]]") :]
+    with service(tmp_path, store, settings=settings) as running:
+        url = f"{running.api_url}/v1/models"
+        assert httpx.get(url).status_code == 401
+        good = httpx.get(url, headers={"authorization": f"Bearer {made.stdout.strip()}"})
+        assert good.status_code == 200
+        assert httpx.get(url, headers={"authorization": "Bearer fallow-wrong"}).status_code == 401
+
+
+def test_models_added_later_are_served_and_removed_ones_are_not(tmp_path: Path) -> None:
+    checkpoint = Path(__file__).parents[1] / "fixtures" / "families" / "llama"
+    with service(tmp_path, None, "--no-default-model") as running:
+        state = {"FALLOW_STATE_DIR": str(running.state_dir)}
+        assert httpx.get(f"{running.api_url}/v1/models").json()["data"] == []
+        added = fallow("model", "add", str(checkpoint), "--name", "tiny", "-q", "f32", env=state)
+        assert added.returncode == 0, added.stderr
+        running.wait_for(
+            lambda fleet: [entry.name for entry in fleet.models] == ["tiny"], 10, "the model's announcement"
+        )
+        assert "tiny" in fallow("model", "list", env=state).stdout
+        assert fallow("model", "remove", "tiny", env=state).returncode == 0
+        running.wait_for(lambda fleet: not fleet.models, 10, "the model's removal")
+
+
+def test_stopping_leaves_nothing_behind(tmp_path: Path, store: Path) -> None:
+    running = LocalService(tmp_path, ["--nodes", "1", "--memory", "1GiB"], store=store)
+    running.start()
+    try:
+        running.wait_until_servable()
+        up = psutil.Process(running.pid)
+        family = [up, *up.children(recursive=True)]
+        assert len(family) >= 5  # bus, coordinator, gateway, agent, worker
+    finally:
+        began_s = time.monotonic()
+        running.stop()
+    assert time.monotonic() - began_s < 15
+    assert not [process for process in family if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
+    assert not (running.state_dir / "up.json").exists()
+
+
+def test_nothing_outlives_a_killed_supervisor(tmp_path: Path, store: Path) -> None:
+    with LocalService(tmp_path, ["--nodes", "1", "--memory", "1GiB"], store=store) as running:
+        running.wait_until_servable()
+        family = psutil.Process(running.pid).children(recursive=True)
+        os.kill(running.pid, signal.SIGKILL)
+        gone, alive = psutil.wait_procs(family, timeout=10)
+        assert not alive
