@@ -3,18 +3,21 @@
     python benchmarks/engine.py [--rounds 7] [--store FOLDER]
 
 Needs the `bench` extra (`xllamacpp`). Method: both in this process, one thread each, never at the same time. A round
-runs every contender once, in an order drawn from a seed. A run prefills 128 random tokens and decodes 48 greedily
-(head and choice of token included), after a short warm-up run of the same contender. Time is this process's CPU time, so that whoever else
-uses the machine costs both alike; medians over rounds; a ratio is the median of the rounds' ratios, and above 1 means
-that Fallow is faster. llama.cpp's decode time is the difference between a run that decodes and one that does not.
+runs every contender once, in an order drawn from a seed. A run prefills 128 random tokens and decodes 48 greedily,
+head and choice of token included, after a short warm-up run of the same contender. Time is this process's CPU time, so
+that whoever else uses the machine costs both alike; medians over rounds; a ratio is the median of the rounds' ratios,
+and above 1 means that Fallow is faster. llama.cpp's decode time is the difference between a run that decodes and one
+that does not. The process has the worker's environment (`client.worker_environment`).
 
 Results: a table, and JSON in `benchmarks/results/engine.json`.
 """
 
 import argparse
 import json
+import os
 import random
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +28,7 @@ import platformdirs
 from fallow.domain.frames import Phase
 from fallow.domain.ids import ModelName, SessionId
 from fallow.domain.model import Quantisation, Span, StageSpec
+from fallow.engine.client import HUGE_PAGES, worker_environment
 from fallow.engine.contract import PREFILL_CHUNK_ROWS, Step, Stepped
 from fallow.engine.core import EngineCore
 from fallow.engine.settings import EngineSettings
@@ -142,6 +146,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--store", type=Path, default=platformdirs.user_cache_path("fallow") / "bench-store")
     options = parser.parse_args()
+    if HUGE_PAGES not in os.environ.get("GLIBC_TUNABLES", ""):
+        os.execve(sys.executable, [sys.executable, *sys.argv], worker_environment())  # read when a process starts
     store = Store(options.store)
     contenders: dict[str, Fallow | LlamaCpp] = {
         "fallow q8": Fallow(store, Quantisation.Q8),

@@ -87,8 +87,8 @@ class GatewayConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 class PlacementConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How models are spread over devices."""
 
-    max_layer_share: Share = 1.0
-    """No device holds more than this share of a model's layers."""
+    max_share: Share = 1.0
+    """No device does more than this share of a model's work: its layers, and the head by its size."""
     replicas: Count = 2
     """Devices that should hold each piece of a model that is cut."""
     context_tokens: Count = 2048

@@ -32,7 +32,7 @@ QUESTION: Final = "Write a short story about a lighthouse keeper and a gull."
 ANSWER_TOKENS: Final = 120
 KILL_AFTER_TOKENS: Final = 40
 NODES: Final = 3
-MAX_LAYER_SHARE: Final = "0.7"
+MAX_SHARE: Final = "0.7"
 NODE_MEMORY: Final = "1GiB"
 SERVABLE_LIMIT_S: Final = 90.0
 CHAIN_LIMIT_S: Final = 5.0
@@ -94,9 +94,9 @@ def _run(folder: Path) -> None:
     first, second = _key(), _key()
     settings = "\n".join(f'[[gateway.keys]]\nid = "{name}"\nsha256 = "{digest}"' for name, (_, digest) in zip(
         ("undisturbed", "disturbed"), (first, second), strict=True))  # fmt: skip
-    arguments = ["--nodes", str(NODES), "--max-layer-share", MAX_LAYER_SHARE, "--memory", NODE_MEMORY]
+    arguments = ["--nodes", str(NODES), "--max-share", MAX_SHARE, "--memory", NODE_MEMORY]
     with LocalService(folder, arguments, settings=settings) as service:
-        _title(f"`fallow up --nodes {NODES} --max-layer-share {MAX_LAYER_SHARE}`")
+        _title(f"`fallow up --nodes {NODES} --max-share {MAX_SHARE}`")
         before = _wait_until_servable(service)
         _show_holders(before)
         _check_nobody_holds_all(before)

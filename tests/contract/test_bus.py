@@ -9,7 +9,6 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
-from tests.unit.fabric.support import eventually, node_id
 
 from fallow.domain.errors import BusMessageError, BusTimeout, BusUnavailable, ConfigError
 from fallow.fabric import broker as broker_module
@@ -18,6 +17,7 @@ from fallow.fabric.contract import MAX_BUS_MESSAGE_BYTES, Bus, PresenceWatcher
 from fallow.fabric.disconnects import NatsPresence
 from fallow.fabric.memory import MemoryFabric
 from fallow.fabric.nats_bus import NatsBus
+from tests.unit.fabric.support import eventually, node_id
 
 ADAPTERS = ["memory", "nats"]
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.unit.fabric.support import chunk, eventually, rows
 
 from fallow.domain.errors import FabricError, FrameError, LinkClosed
 from fallow.domain.frames import Chunk, Frame, PeerAddress, Rows
@@ -21,6 +20,7 @@ from fallow.fabric.link_core import LinkCore
 from fallow.fabric.local_handshake import Identity
 from fallow.fabric.local_link import LocalEndpoint, LocalLink
 from fallow.fabric.memory import MemoryFabric
+from tests.unit.fabric.support import chunk, eventually, rows
 
 pytestmark = pytest.mark.parametrize("adapter", ["memory", "iroh", "iroh-stock", "local", "composite"])
 

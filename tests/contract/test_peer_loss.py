@@ -15,14 +15,14 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
-from tests.contract.peer_process import SystemClock
-from tests.unit.fabric.support import eventually, rows
 
 from fallow.domain.errors import LinkClosed
 from fallow.domain.frames import PeerAddress
 from fallow.fabric.endpoint import open_endpoint
 from fallow.fabric.local_handshake import Identity
 from fallow.fabric.peers import Peers
+from tests.contract.peer_process import SystemClock
+from tests.unit.fabric.support import eventually, rows
 
 NOTICE_S = 4.0
 SEED, CHILD_SEED = b"\x41" * 32, b"\x42" * 32

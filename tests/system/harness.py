@@ -17,7 +17,7 @@ from fallow.processes.local_service import LocalService
 
 ANSWER_LIMIT_S = 120.0
 MODEL = "smollm2-135m-instruct"
-SPLIT = ("--nodes", "3", "--max-layer-share", "0.7", "--memory", "1GiB")
+SPLIT = ("--nodes", "3", "--max-share", "0.7", "--memory", "1GiB")
 """Three devices, none of which holds the whole model, every piece on two."""
 
 

@@ -244,5 +244,5 @@ def test_nothing_outlives_a_killed_supervisor(tmp_path: Path, store: Path) -> No
         running.wait_until_servable()
         family = psutil.Process(running.pid).children(recursive=True)
         os.kill(running.pid, signal.SIGKILL)
-        gone, alive = psutil.wait_procs(family, timeout=10)
+        _, alive = psutil.wait_procs(family, timeout=10)
         assert not alive

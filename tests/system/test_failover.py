@@ -17,7 +17,7 @@ from fallow.gateway.keys import new_key
 from fallow.processes.local_service import LocalService, holders
 from tests.system.harness import Answer, ask, service
 
-THREE_STAGES_TWICE = ("--nodes", "6", "--max-layer-share", "0.4", "--memory", "700MiB")
+THREE_STAGES_TWICE = ("--nodes", "6", "--max-share", "0.4", "--memory", "700MiB")
 READY_LIMIT_S = 120.0
 CHAIN_LIMIT_S = 20.0
 STALL_LIMIT_S = {signal.SIGKILL: 10.0, signal.SIGSTOP: 12.0}

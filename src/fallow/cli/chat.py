@@ -1,26 +1,11 @@
 """`fallow chat`: talk to a model from the terminal, over the same HTTP API that any client uses."""
 
-import json
-import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import Annotated
 
-import httpx
 import typer
 
-from fallow.cli.options import ConfigFile, StateDir, notes, settings
-from fallow.domain.errors import FabricError, FallowError
-
-CONNECT_TIMEOUT_S: Final = 5.0
-READ_TIMEOUT_S: Final = 120.0
-"""Without a byte for so long the answer is given up."""
-
-
-class ApiFailed(FallowError):
-    """The API refused a request, or ended an answer with an error."""
-
-    code = "api_failed"
+from fallow.cli.options import ConfigFile, StateDir, settings
 
 
 def chat(
@@ -42,100 +27,25 @@ def chat(
 ) -> None:
     """Chat with a model of the service. Answers appear as they are made.
 
+    The service on this machine is asked, unless --url names another. Without a question a conversation starts, which an
+    empty line or Ctrl-D ends.
+
     Examples:
 
           fallow chat "Why does ice float?"
           fallow chat --temperature 0 --max-tokens 100 "Name three rivers."
-          fallow chat                         a conversation; an empty line or Ctrl-D ends it
+          fallow chat
     """
-    headers = {"authorization": f"Bearer {key}"} if key else {}
-    base = url or _default_url(state_dir, config)
-    timeout = httpx.Timeout(READ_TIMEOUT_S, connect=CONNECT_TIMEOUT_S)
-    with httpx.Client(base_url=base, headers=headers, timeout=timeout, trust_env=False) as client:
-        try:
-            chosen = model or _first_model(client)
-            body: dict[str, Any] = {"model": chosen, "temperature": temperature, "stream": True}
-            if max_tokens is not None:
-                body["max_tokens"] = max_tokens
-            messages = [{"role": "system", "content": system}] if system else []
-            if question is not None:
-                _exchange(client, body, messages, question)
-            else:
-                _converse(client, body, messages)
-        except httpx.HTTPError as error:
-            reason = str(error) or type(error).__name__
-            raise FabricError(f"The API at {base} cannot be reached ({reason}). Is `fallow up` running?") from error
+    from fallow.cli.conversation import run
+
+    options = {"temperature": temperature} | ({"max_tokens": max_tokens} if max_tokens is not None else {})
+    run(url or _default_url(state_dir, config), key, model, question, system, options)
 
 
 def _default_url(state_dir: Path | None, config: Path | None) -> str:
-    from fallow.processes.gateway import api_url
+    from fallow.processes.addresses import api_url
     from fallow.processes.runfile import running
 
     loaded = settings(config, {"state_dir": state_dir}).config
     found = running(loaded.state_dir)
     return found.api_url if found is not None else api_url(loaded)
-
-
-def _first_model(client: httpx.Client) -> str:
-    reply = client.get("/v1/models")
-    _check(reply)
-    models = reply.json()["data"]
-    if not models:
-        raise ApiFailed("The service serves no model yet. Add one with `fallow model add default`, or wait a moment.")
-    return str(models[0]["id"])
-
-
-def _converse(client: httpx.Client, body: dict[str, Any], messages: list[dict[str, str]]) -> None:
-    notes.print(f"You are talking to {body['model']}. An empty line or Ctrl-D ends it.", highlight=False)
-    while True:
-        try:
-            question = input("\n> ").strip()
-        except EOFError:
-            return
-        if not question:
-            return
-        try:
-            _exchange(client, body, messages, question)
-        except ApiFailed as error:
-            notes.print(f"\n{error.message}", style="red", highlight=False, markup=False)
-        except KeyboardInterrupt:
-            notes.print("\n(stopped)")
-
-
-def _exchange(client: httpx.Client, body: dict[str, Any], messages: list[dict[str, str]], question: str) -> None:
-    """One question and its answer; both stay in `messages` when it went well."""
-    asked = [*messages, {"role": "user", "content": question}]
-    pieces: list[str] = []
-    with client.stream("POST", "/v1/chat/completions", json=body | {"messages": asked}) as reply:
-        if reply.status_code != httpx.codes.OK:
-            reply.read()
-        _check(reply)
-        for piece in _pieces(reply):
-            pieces.append(piece)
-            sys.stdout.write(piece)
-            sys.stdout.flush()
-    sys.stdout.write("\n")
-    messages[:] = [*asked, {"role": "assistant", "content": "".join(pieces)}]
-
-
-def _pieces(reply: httpx.Response) -> Iterator[str]:
-    """The text in a stream of server-sent events."""
-    for line in reply.iter_lines():
-        data = line.removeprefix("data: ")
-        if data in (line, "[DONE]"):
-            continue
-        event = json.loads(data)
-        if "error" in event:
-            raise ApiFailed(str(event["error"].get("message", "The answer ended with an error.")))
-        for choice in event.get("choices", ()):
-            yield choice.get("delta", {}).get("content") or ""
-
-
-def _check(reply: httpx.Response) -> None:
-    if reply.status_code == httpx.codes.OK:
-        return
-    try:
-        message = reply.json()["error"]["message"]
-    except (ValueError, KeyError, TypeError):
-        message = f"The API answered with status {reply.status_code}."
-    raise ApiFailed(str(message))

@@ -25,9 +25,9 @@ def up(
     memory: Annotated[
         str | None, typer.Option("--memory", help="Memory that each local device lends, such as 2GiB.", metavar="SIZE")
     ] = None,
-    max_layer_share: Annotated[
+    max_share: Annotated[
         float | None,
-        typer.Option("--max-layer-share", help="No device holds more than this share of a model's layers, e.g. 0.5."),
+        typer.Option("--max-share", help="No device does more than this share of a model's work, e.g. 0.5."),
     ] = None,
     default_model: Annotated[
         bool | None,
@@ -46,7 +46,7 @@ def up(
 
           fallow up --nodes 3                      three devices on this machine
           fallow up --host 0.0.0.0 --nodes 1       other machines of the network can join
-          fallow up --nodes 3 --max-layer-share 0.5   no device holds more than half of a model
+          fallow up --nodes 3 --max-share 0.5   no device holds more than half of a model
     """
     from fallow.processes.up import run
 
@@ -61,7 +61,7 @@ def up(
             "gateway.host": api_host,
             "gateway.port": port,
             "node.memory_bytes": memory,
-            "placement.max_layer_share": max_layer_share,
+            "placement.max_share": max_share,
             "models.import_default": default_model,
             "state_dir": state_dir,
         },

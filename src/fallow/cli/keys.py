@@ -22,7 +22,10 @@ def create(
         int | None, typer.Option(min=1, help="Requests at once; unlimited otherwise.")
     ] = None,
 ) -> None:
-    """Make a key. It is shown once; the lines for the configuration file hold only its digest.
+    """Make a key for a client of the API.
+
+    It is shown once, together with the lines for the configuration file, which hold only its digest. As soon as one key
+    is configured, the API asks everybody for a key.
 
     Examples:
 

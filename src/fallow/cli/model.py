@@ -115,16 +115,28 @@ def inspect(
 @app.command()
 def check(
     name: Name,
+    against: Annotated[
+        Path | None, typer.Option("--against", help="The file or folder it was imported from.", metavar="PATH")
+    ] = None,
+    text: Annotated[
+        Path | None, typer.Option("--text", help="A text to measure with; one is built in.", metavar="FILE")
+    ] = None,
     state_dir: StateDir = None,
     config: ConfigFile = None,
 ) -> None:
-    """Check a model: its files' digests, and perplexity and agreement against the same model at 32 bits.
+    """Check that a model's files are unchanged, and how close it comes to its original.
 
-    Exits with 1 when a file is missing or has changed.
+    With the original at hand (the default model's is), perplexity and agreement with the float32 reference of the same
+    file are reported, measured with the engine that serves it. Exits with 1 when a file is missing or has changed.
+
+    Examples:
+
+          fallow model check smollm2-135m-instruct
+          fallow model check mistral --against ./mistral.Q8_0.gguf
     """
     from fallow.cli.checking import check_model
 
-    check_model(_store(state_dir, config), name)
+    check_model(_store(state_dir, config), name, against, text)
 
 
 @app.command()

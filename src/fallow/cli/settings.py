@@ -16,7 +16,9 @@ def show(
     config: ConfigFile = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Show every setting, its value now, and where the value comes from. Passwords and keys are not shown.
+    """Show every setting, its value now, and where the value comes from.
+
+    Passwords and keys are not shown. Write the settings that you want to change into fallow.toml.
 
     Examples:
 

@@ -6,7 +6,6 @@ reason; such a lie costs it and its sessions, not the coordinator.
 
 import math
 import re
-from collections.abc import Iterable
 from typing import TypeVar
 
 import msgspec
@@ -40,7 +39,7 @@ HOPS_MAX = 128
 EXCLUDED_MAX = 1024
 MODELS_MAX = 256
 ENDPOINTS_MAX = 16
-MANIFEST_MAX_BYTES = 1 << 26
+MANIFEST_MAX_BYTES = 32 << 20
 
 _ID = re.compile(r"[0-9a-f]{64}")
 _SESSION = re.compile(r"[0-9a-f]{32}")
@@ -174,8 +173,3 @@ def _text(what: str, value: str, chars_max: int) -> None:
 def _require(holds: bool, expected: str, came: str) -> None:
     if not holds:
         raise BusMessageError(f"expected {expected}, got {came[:80]!r}")
-
-
-def all_ids(values: Iterable[str]) -> bool:
-    """Whether all are node ids."""
-    return all(_ID.fullmatch(value) for value in values)

@@ -25,7 +25,7 @@ from fallow.domain.model import Manifest, Span, StageSpec
 from fallow.engine.contract import PREFILL_CHUNK_ROWS, Loaded, Step, Stepped
 from fallow.engine.head import log_probabilities, top_log_probabilities
 from fallow.engine.hosted import DecodeRow, HostedModel
-from fallow.engine.kv import KvBudget
+from fallow.engine.kv import KvBudget, trim_heap
 from fallow.engine.piece import HEAD_ROWS_MAX
 from fallow.engine.replay_check import replay_works
 from fallow.engine.settings import EngineSettings
@@ -146,6 +146,7 @@ class EngineCore:
         hosted = self._models.get(stage.model) or HostedModel(manifest, self.settings, replays=self._replays)
         hosted.commit(hosted.prepare(stage, files))
         self._models[stage.model] = hosted
+        trim_heap()
         for session in list(self._sessions.values()):
             if session.hosted is hosted and not hosted.pieces_of(session.span):
                 self.free(session.id)
@@ -383,7 +384,7 @@ def _add_logits(hosted: HostedModel, wanted: list[tuple[_Run, Array]]) -> None:
     for start in range(0, len(wanted), HEAD_ROWS_MAX):
         part = wanted[start : start + HEAD_ROWS_MAX]
         assert hosted.head is not None
-        logits = hosted.head.logits(np.stack([row for _, row in part]))
+        logits = hosted.head.logits([row for _, row in part])
         for (run, _), row_logits in zip(part, logits, strict=True):
             try:
                 run.add_logits(row_logits)

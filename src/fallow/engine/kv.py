@@ -10,6 +10,7 @@ Rules
 """
 
 import contextlib
+import ctypes
 import heapq
 import mmap
 import sys
@@ -92,12 +93,10 @@ class LayerCache:
 
     def swap(self, one: int, one_length: int, other: int, other_length: int) -> None:
         """Exchange what two slots hold, up to their lengths in tokens."""
-        length = max(one_length, other_length)
-        for cache in (self.keys, self.values):
+        for cache in self.arrays():
             kept = cache[one, :, :one_length].copy()
             cache[one, :, :other_length] = cache[other, :, :other_length]
             cache[other, :, :one_length] = kept
-        assert length <= self.keys.shape[2]
 
     def arrays(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         return self.keys, self.values
@@ -114,3 +113,9 @@ def _lazy_mapping(size_bytes: int) -> mmap.mmap:
     with contextlib.suppress(AttributeError, OSError):  # huge pages would commit 2 MiB for one token
         mapping.madvise(mmap.MADV_NOHUGEPAGE)
     return mapping
+
+
+def trim_heap() -> None:
+    """Give freed memory back to the system, where the C library can: packing a model's weights frees as much again."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)

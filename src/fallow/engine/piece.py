@@ -9,6 +9,7 @@ It knows slots and positions, not sessions, and checks nothing: its caller has.
 """
 
 from collections import OrderedDict
+from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -169,16 +170,23 @@ class Head:
         self.sizes_bytes = weights.sizes_bytes
         self._session = _session(head_graph(manifest.config, manifest.quantisation), weights, threads)
         self._weights = weights
+        self._rows = np.zeros((HEAD_ROWS_MAX, manifest.config.hidden_size), np.float32)
         self._logits = np.zeros((HEAD_ROWS_MAX, manifest.config.vocab_size), np.float32)
+        self._bindings = [self._bind(count) for count in range(1, HEAD_ROWS_MAX + 1)]
 
-    def logits(self, final: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Logits `[R, V]` of at most `HEAD_ROWS_MAX` rows `[R, H]`; valid until the next call."""
-        logits = self._logits[: len(final)]
+    def logits(self, final: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
+        """Logits `[R, V]` of at most `HEAD_ROWS_MAX` rows `[H]`; the caller's to overwrite until the next call."""
+        count = len(final)
+        for index, row in enumerate(final):
+            self._rows[index] = row
+        self._session.run_with_iobinding(self._bindings[count - 1])
+        return self._logits[:count]
+
+    def _bind(self, count: int) -> ort.IOBinding:
         binding = self._session.io_binding()
-        _bind_input(binding, "x", np.ascontiguousarray(final))
-        _bind_output(binding, "logits", logits)
-        self._session.run_with_iobinding(binding)
-        return logits
+        _bind_input(binding, "x", self._rows[:count])
+        _bind_output(binding, "logits", self._logits[:count])
+        return binding
 
 
 def _session(graph: Graph, weights: Weights, threads: int) -> ort.InferenceSession:

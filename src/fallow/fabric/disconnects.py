@@ -71,8 +71,7 @@ class NatsPresence:
         try:
             await client.subscribe(f"$SYS.ACCOUNT.{ACCOUNT}.CONNECT", cb=self._connected)
             await client.subscribe(f"$SYS.ACCOUNT.{ACCOUNT}.DISCONNECT", cb=self._disconnected)
-            await client.flush()
-            # Who was connected before we listened.
+            # Who was connected before we listened. The question travels behind the subscriptions.
             query = msgspec.json.encode({"limit": CONNECTIONS_MAX})
             reply = await client.request(f"$SYS.REQ.ACCOUNT.{ACCOUNT}.CONNZ", query, timeout=CONNZ_TIMEOUT_S)
         except nats.errors.Error as error:

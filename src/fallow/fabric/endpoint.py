@@ -8,6 +8,7 @@ the choice changes the cost of a link and nothing else.
 import asyncio
 import logging
 from pathlib import Path
+from typing import Final
 
 from fallow.domain.errors import LinkClosed
 from fallow.domain.frames import PeerAddress
@@ -15,6 +16,9 @@ from fallow.fabric.accept_queue import AcceptQueue
 from fallow.fabric.contract import PushLink
 from fallow.fabric.iroh_link import IrohEndpoint
 from fallow.fabric.local_link import LocalEndpoint, PeerProcessGone, socket_path, supported
+
+LOCAL_ATTEMPTS: Final = 2
+LOCAL_RETRY_S: Final = 0.02
 
 log = logging.getLogger(__name__)
 
@@ -35,13 +39,17 @@ class CompositeEndpoint:
         return PeerAddress(remote.node, (*self._local.address.endpoints, *remote.endpoints))
 
     async def connect(self, address: PeerAddress) -> PushLink:
-        if socket_path(address) is not None:
+        for _ in range(LOCAL_ATTEMPTS):
+            if socket_path(address) is None:
+                break
             try:
                 return await self._local.connect(address)
             except PeerProcessGone:
                 raise  # its other endpoint went with it: dialling that would only take long
             except LinkClosed as error:
-                log.info("no local link, trying the network: %s", error)
+                # A process that is being killed drops its connections before it stops listening: look again.
+                log.info("no local link: %s", error)
+                await asyncio.sleep(LOCAL_RETRY_S)
         return await self._remote.connect(address)
 
     def accept(self) -> AcceptQueue:

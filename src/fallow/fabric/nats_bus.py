@@ -102,7 +102,7 @@ class NatsBus:
             )
             if self._client.is_connected:
                 with contextlib.suppress(nats.errors.TimeoutError):
-                    await self._client.flush(timeout=CONNECT_TIMEOUT_S)
+                    await settle(self._client, CONNECT_TIMEOUT_S)
         except nats.errors.Error as error:
             raise BusUnavailable(f"cannot subscribe to {subject}: {error}") from None
         return NatsSubscription(subscription)
@@ -112,7 +112,7 @@ class NatsBus:
             return
         if self._client.is_connected:
             with contextlib.suppress(nats.errors.Error, TimeoutError):
-                await self._client.flush(timeout=CLOSE_FLUSH_S)
+                await settle(self._client, CLOSE_FLUSH_S)
         await self._client.close()
 
 
@@ -169,6 +169,16 @@ async def open_client(urls: str | Sequence[str], name: str) -> Client:
     # A first connection that fails is told; one that was there once is tried again for ever.
     client.options["max_reconnect_attempts"] = -1
     return client
+
+
+async def settle(client: Client, timeout_s: int) -> None:
+    """Wait until the server has seen everything sent so far. Raises nats-py's errors.
+
+    nats-py's `flush` writes its ping past the commands that wait for its flusher task, so that one round trip proves
+    nothing; by the end of the first, they have gone out, and the second is behind them.
+    """
+    await client.flush(timeout=timeout_s)
+    await client.flush(timeout=timeout_s)
 
 
 def _check_size(message: bytes) -> None:

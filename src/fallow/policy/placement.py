@@ -15,8 +15,9 @@ Rules
 How: pieces are handed out one at a time to the device that would be done soonest; where no device has room, the
 shortest chain of moves that makes room is looked for (augmenting paths, as in Kuhn's bipartite matching).
 
-`placement_board.py` keeps the books while a placement is worked out; `placement_plan.py` turns the difference between
-what is and what should be into commands, in an order that never uncovers a layer without need.
+`placement_inputs.py` says what it starts from; `placement_board.py` keeps the books while a placement is worked out;
+`placement_plan.py` turns the difference between what is and what should be into commands, in an order that never
+uncovers a layer without need.
 """
 
 import math
@@ -189,7 +190,7 @@ def _why_not(board: Board, model: ModelNeed) -> str:
     if not usable:
         return f"every device present ({len(board.nodes)}) failed to load it a moment ago; their status says why"
     room_mib = sum(node.weights_bytes for node in usable) / 2**20
-    limit = f", at most {board.rules.max_share:.0%} of the layers each" if board.rules.max_share < 1 else ""
+    limit = f", at most {board.rules.max_share:.0%} of its work each" if board.rules.max_share < 1 else ""
     return (
         f"its {model.layer_count} layers ({model.whole_bytes / 2**20:.0f} MiB) do not fit the {len(usable)} "
         f"device{'s' if len(usable) > 1 else ''} present ({room_mib:.0f} MiB for weights{limit}): add devices or memory"

@@ -98,7 +98,7 @@ class Board:
 
     def slowest_s(self, model: ModelNeed) -> float:
         """Compute time of the device that takes longest over what it holds of a model."""
-        return max(sum(p.layer_count for p in self.pieces(node, model)) * node.layer_s for node in self.nodes)
+        return max(sum(map(model.work, self.pieces(node, model))) * node.layer_s for node in self.nodes)
 
     def is_idle(self, node: NodeRoom) -> bool:
         return not any(self._held[node.node].values())
@@ -106,10 +106,10 @@ class Board:
     def may_cover(self, model: ModelNeed, size: int) -> bool:
         """Whether enough pieces of a grid could be held at all, were every device empty: a cheap upper bound."""
         grid = grid_of(model, size)
-        layers = min(piece.layer_count for piece in grid)
+        work = min(map(model.work, grid))
         weights = max(min(model.bytes_of(piece) for piece in grid), 1)
         places = sum(
-            min(self._layers_max(model) // layers, node.weights_bytes // weights, len(grid))
+            min(int(self._work_max(model) / work), node.weights_bytes // weights, len(grid))
             for node in self.nodes
             if model.model not in node.barred or self.pieces(node, model)
         )
@@ -131,10 +131,10 @@ class Board:
         beside = [held for held in self.pieces(node, model) if (model.model, held) not in leaving]
         if any(held.first < piece.last and piece.first < held.last for held in beside):
             return False
-        return sum(held.layer_count for held in beside) + piece.layer_count <= self._layers_max(model)
+        return sum(map(model.work, beside)) + model.work(piece) <= self._work_max(model)
 
-    def _layers_max(self, model: ModelNeed) -> int:
-        return int(self.rules.max_share * model.layer_count + 1e-9)
+    def _work_max(self, model: ModelNeed) -> float:
+        return self.rules.max_share * model.work(model.whole) + 1e-9
 
     def _size_of(self, model: ModelNeed, piece: Span) -> tuple[int, int]:
         """Bytes of weights and of KV cache that a piece takes."""
@@ -225,12 +225,12 @@ class Board:
         best: tuple[tuple[int, float, Span, NodeId], NodeRoom, Span, list[tuple[Digest, Span]]] | None = None
         for node in self.nodes:
             mine = self.pieces(node, model)
-            busy = sum(piece.layer_count for pieces in self._held[node.node].values() for piece in pieces)
+            busy = sum(self._need[digest].work(p) for digest, held in self._held[node.node].items() for p in held)
             for piece in wanted:
                 leaving = self._evictions(node, model, piece, copy) if piece not in mine else None
                 if leaving is None:
                     continue
-                done_s = (busy + piece.layer_count) * node.layer_s
+                done_s = (busy + model.work(piece)) * node.layer_s
                 if mine and not any(held.last == piece.first or piece.last == held.first for held in mine):
                     done_s *= SCATTER_PENALTY
                 key = (len(leaving), done_s, piece, node.node)
@@ -297,7 +297,7 @@ class Board:
             ordered = sorted(pieces)
             if any(a.last > b.first for a, b in pairwise(ordered)):
                 return False
-            if sum(piece.layer_count for piece in ordered) > self._layers_max(need):
+            if sum(map(need.work, ordered)) > self._work_max(need):
                 return False
         return True
 

@@ -15,7 +15,7 @@ class PlacementRules(msgspec.Struct, frozen=True, kw_only=True):
     max_pieces: int = 6
     """Pieces that a model is cut into; more only when it cannot be covered otherwise."""
     max_share: float = 1.0
-    """No device holds more than this share of a model's layers."""
+    """No device does more than this share of a model's work (`ModelNeed.work`)."""
     replicas: int = 2
     """Devices that should hold each piece."""
     context_tokens: int = 2048
@@ -49,6 +49,13 @@ class ModelNeed(msgspec.Struct, frozen=True, kw_only=True):
     def whole_bytes(self) -> int:
         return self.bytes_of(self.whole)
 
+    def work(self, piece: Span) -> float:
+        """What a piece costs to compute, in layers. A decoded token is bound by reading weights, so the head, a single
+        matrix, counts by its bytes: in a small model it is worth many layers. An embedding is one row."""
+        mean_layer_bytes = max(sum(self.layer_bytes) / self.layer_count, 1)
+        head = self.head_bytes / mean_layer_bytes if piece.last == self.layer_count else 0.0
+        return piece.layer_count + head
+
     def bytes_of(self, piece: Span) -> int:
         weights = sum(self.layer_bytes[piece.first : piece.last])
         weights += self.embedding_bytes if piece.first == 0 else 0
@@ -69,14 +76,18 @@ class NodeRoom(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def grid_of(model: ModelNeed, size: int) -> tuple[Span, ...]:
-    """The model cut into `size` pieces of nearly equal layer counts, or into as many as its cut points allow."""
-    return _grid(model.layer_count, size)
+    """The model cut into `size` pieces of nearly equal work, or into as many as its cut points allow."""
+    return _grid(model.layer_count, model.work(model.whole), size)
 
 
 @lru_cache(maxsize=GRIDS_CACHED_MAX)
-def _grid(layer_count: int, size: int) -> tuple[Span, ...]:
-    edges = (0, *cut_points(layer_count), layer_count)
-    parts = len(edges) - 1
-    size = min(size, parts)
-    cuts = [edges[round(index * parts / size)] for index in range(size + 1)]
-    return tuple(Span(first, last) for first, last in pairwise(cuts))
+def _grid(layer_count: int, work: float, size: int) -> tuple[Span, ...]:
+    """Each inner cut is the cut point nearest to its share of the work that leaves one for every other cut."""
+    points = cut_points(layer_count)
+    size = min(size, len(points) + 1)
+    cuts = [0]
+    for index in range(1, size):
+        after = [point for point in points if point > cuts[-1]]
+        free = after[: len(after) - (size - 1 - index)]
+        cuts.append(min(free, key=lambda point: abs(point - index * work / size)))
+    return tuple(Span(first, last) for first, last in pairwise((*cuts, layer_count)))

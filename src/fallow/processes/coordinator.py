@@ -15,7 +15,7 @@ async def run(config: Config, parent_pid: int | None = None) -> None:
     stop.listen(parent_pid)
     bus = await wiring.open_bus(config, BUS_NAME)
     rules = PlacementRules(
-        max_share=config.placement.max_layer_share,
+        max_share=config.placement.max_share,
         replicas=config.placement.replicas,
         context_tokens=config.placement.context_tokens,
     )

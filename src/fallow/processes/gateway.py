@@ -5,7 +5,7 @@ import logging
 
 from fallow import wiring
 from fallow.config import Config
-from fallow.domain.errors import ConfigError, UnknownModel
+from fallow.domain.errors import UnknownModel
 from fallow.domain.frames import Frame
 from fallow.domain.ids import NodeId
 from fallow.domain.model import Manifest
@@ -15,6 +15,7 @@ from fallow.gateway.keys import ApiKey
 from fallow.gateway.server import serve
 from fallow.gateway.sessions import FleetTokenSource
 from fallow.models.store import Store
+from fallow.processes.addresses import api_url, check_exposure
 from fallow.processes.lifetime import Stop
 from fallow.processes.store_server import StoreServer
 
@@ -64,18 +65,3 @@ async def run(config: Config, parent_pid: int | None = None) -> None:
         await peers.close()
         await endpoint.close()
         await bus.close()
-
-
-def check_exposure(config: Config) -> None:
-    """Raises `ConfigError` for an API that would be open to the network."""
-    if not config.gateway.keys and not wiring.is_loopback(config.gateway.host):
-        raise ConfigError(
-            f"gateway.host is {config.gateway.host}, which others can reach, and no API key is configured. "
-            "Make one with `fallow key create`, put its lines into the configuration file, and start again."
-        )
-
-
-def api_url(config: Config) -> str:
-    """Where clients on this machine reach the API."""
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(config.gateway.host, config.gateway.host)  # noqa: S104
-    return f"http://{f'[{host}]' if ':' in host else host}:{config.gateway.port}"

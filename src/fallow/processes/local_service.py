@@ -20,6 +20,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
 
+import httpx
 import msgspec
 import psutil
 
@@ -76,7 +77,7 @@ class LocalService:
         self.stop()
 
     def start(self) -> None:
-        """Start and wait until the service can be asked. Raises `ServiceFailed`."""
+        """Start and wait until the API answers. Raises `ServiceFailed`."""
         self.state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
         if self._store is not None and not (self.state_dir / "models").exists():
             shutil.copytree(self._store, self.state_dir / "models", copy_function=_link_or_copy)
@@ -197,7 +198,12 @@ class LocalService:
         if self._up.poll() is not None:
             raise ServiceFailed(f"`fallow up` stopped with status {self._up.returncode}.{self.log_tail()}")
         self._found = running(self.state_dir)
-        return self._found is not None
+        if self._found is None:
+            return False
+        try:
+            return httpx.get(f"{self._found.api_url}/health", timeout=STATUS_TIMEOUT_S, trust_env=False).is_success
+        except httpx.HTTPError:
+            return False
 
     def _running(self) -> Running:
         assert self._found is not None

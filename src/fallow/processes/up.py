@@ -26,7 +26,7 @@ from fallow.fabric.broker import Broker
 from fallow.models.store import Store
 from fallow.node.limits import split_memory
 from fallow.processes import runfile
-from fallow.processes.gateway import api_url, check_exposure
+from fallow.processes.addresses import api_url, check_exposure, lan_address
 from fallow.processes.lifetime import Stop
 from fallow.processes.supervisor import Child, Tell
 
@@ -197,16 +197,6 @@ class Service:
         if wiring.is_loopback(self._config.bus.host):
             return url
         return url.replace("@127.0.0.1:", f"@{lan_address()}:")
-
-
-def lan_address() -> str:
-    """This machine's address towards its network, as far as its routes tell; nothing is sent."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect(("192.0.2.1", 9))  # a documentation address: only the route is looked up
-            return str(probe.getsockname()[0])
-        except OSError:
-            return socket.gethostname()
 
 
 async def _stop(child: Child | None) -> None:

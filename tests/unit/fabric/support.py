@@ -6,9 +6,13 @@ import time
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
+from hypothesis import settings
+
 from fallow.domain.frames import Chunk, Frame, Phase, Rows
 from fallow.domain.ids import Digest, NodeId, SessionId
 
+STEADY = settings(deadline=None, derandomize=True, database=None)
+"""For property tests: the same examples every time, and no verdict on how busy the machine is."""
 T = TypeVar("T")
 SESSION = SessionId("5e" * 16)
 DIGEST = Digest("d1" * 32)

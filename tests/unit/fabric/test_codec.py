@@ -34,6 +34,7 @@ from fallow.domain.frames import (
 from fallow.domain.model import Span
 from fallow.fabric.codec import FrameDecoder, encode, encode_parts
 from fallow.fabric.frame_checks import fields_without_check
+from tests.unit.fabric.support import STEADY
 
 SESSION = "0123456789abcdef" * 2
 DIGEST = "0123456789abcdef" * 4
@@ -59,7 +60,7 @@ without_payload = st.one_of(
     st.builds(Pong, nonce=st.integers(0, (1 << 64) - 1)),
     st.builds(Goodbye, code=words, message=words),
     st.builds(OpenStage, session=sessions, epoch=epochs, model=digests, span=spans, reserve_tokens=positions),
-    st.builds(StageState, session=sessions, epoch=epochs, position=positions, log_start=positions),
+    st.builds(StageState, session=sessions, epoch=epochs, position=positions, log_start=positions, flowed_epoch=epochs),
     st.builds(Refused, session=sessions, epoch=epochs, code=words, message=words),
     st.builds(
         Flow,
@@ -127,6 +128,7 @@ def flow(following: PeerAddress) -> Flow:
     return Flow(session=SESSION, epoch=0, previous=None, next=following, forward_from=0, results_from=0)
 
 
+@STEADY
 @given(st.lists(frames, min_size=1, max_size=8), st.lists(st.integers(0, 1 << 20), max_size=12))
 def test_frames_survive_any_chunking(sent: list[Frame], cuts: list[int]) -> None:
     decoder = FrameDecoder()
@@ -136,6 +138,7 @@ def test_frames_survive_any_chunking(sent: list[Frame], cuts: list[int]) -> None
     decoder.finish()
 
 
+@STEADY
 @given(frames, st.data())
 def test_a_truncated_frame_never_appears(frame: Frame, data: st.DataObject) -> None:
     encoded = encode(frame)
@@ -146,7 +149,7 @@ def test_a_truncated_frame_never_appears(frame: Frame, data: st.DataObject) -> N
         decoder.finish()
 
 
-@settings(max_examples=300)
+@settings(STEADY, max_examples=200)
 @given(st.lists(st.binary(max_size=60), max_size=6))
 def test_random_bytes_raise_nothing_but_frame_error(pieces: list[bytes]) -> None:
     decoder = FrameDecoder()
@@ -158,7 +161,7 @@ def test_random_bytes_raise_nothing_but_frame_error(pieces: list[bytes]) -> None
             decoder.feed(b"")
 
 
-@settings(max_examples=300)
+@settings(STEADY, max_examples=200)
 @given(frames, st.lists(st.tuples(st.integers(0, 1 << 20), st.integers(0, 255)), min_size=1, max_size=6))
 def test_damaged_frames_raise_nothing_but_frame_error(frame: Frame, damage: list[tuple[int, int]]) -> None:
     data = bytearray(encode(frame))
@@ -170,7 +173,7 @@ def test_damaged_frames_raise_nothing_but_frame_error(frame: Frame, damage: list
         assert str(error)
 
 
-@settings(max_examples=300)
+@settings(STEADY, max_examples=200)
 @given(st.binary(max_size=200))
 def test_random_headers_raise_nothing_but_frame_error(header: bytes) -> None:
     with pytest.raises(FrameError):

@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from fallow.domain.errors import LinkClosed
 from fallow.fabric.local_handshake import MAGIC, Handshake, Identity, Role
+from tests.unit.fabric.support import STEADY
 
 ALICE, BOB, EVE = (Identity.from_seed(bytes([number] * 32)) for number in (1, 2, 3))
 
@@ -22,6 +23,7 @@ def pieces(data: bytes, sizes: list[int]) -> list[bytes]:
     return [*cut, data]
 
 
+@STEADY
 @given(st.lists(st.integers(0, 90), max_size=5), st.lists(st.integers(0, 90), max_size=5), st.binary(max_size=50))
 def test_an_honest_pair_knows_each_other_and_keeps_what_follows(
     ours: list[int], theirs: list[int], rest: bytes
@@ -35,6 +37,7 @@ def test_an_honest_pair_knows_each_other_and_keeps_what_follows(
     assert listener.peer == ALICE.node and listener.rest == rest
 
 
+@STEADY
 @given(st.data())
 def test_any_changed_bit_is_refused(data: st.DataObject) -> None:
     dialler, listener = sides()
@@ -69,6 +72,7 @@ def test_the_wrong_peer_is_named() -> None:
         dialler.feed(listener.feed(dialler.first()))
 
 
+@STEADY
 @given(st.binary(min_size=1, max_size=300))
 def test_garbage_is_refused_or_waited_on_and_never_believed(garbage: bytes) -> None:
     listener = Handshake(BOB, Role.LISTENER, None)

@@ -3,7 +3,6 @@
 import asyncio
 
 import pytest
-from tests.unit.fabric.support import LoopClock, node_id, rows, run_virtual
 
 from fallow.domain.errors import LinkClosed, ProtocolVersionMismatch
 from fallow.domain.frames import Frame, Hello, PeerAddress, Ping
@@ -11,6 +10,7 @@ from fallow.domain.ids import NodeId
 from fallow.fabric import peers as peers_module
 from fallow.fabric.memory import MemoryFabric, MemoryLink
 from fallow.fabric.peers import MAX_LINKS_PER_PEER, Peers
+from tests.unit.fabric.support import LoopClock, node_id, rows, run_virtual
 
 A, B, C = node_id(0xA), node_id(0xB), node_id(0xC)
 

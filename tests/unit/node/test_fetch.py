@@ -5,7 +5,6 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
-from tests.unit.node.support import LyingSource, Receiver, SilentSource, Source
 
 from fallow.domain.errors import BlobUnavailable
 from fallow.domain.ids import Digest
@@ -13,6 +12,7 @@ from fallow.domain.model import BLOB_CHUNK_BYTES, BlobRef
 from fallow.fabric.memory import MemoryFabric
 from fallow.node.fetch import CHUNK_TIMEOUT_S
 from fallow.simulator.virtual_time import run_virtual
+from tests.unit.node.support import LyingSource, Receiver, SilentSource, Source
 
 CONTENT = bytes(range(256)) * (BLOB_CHUNK_BYTES // 256) * 9 + b"the end"
 

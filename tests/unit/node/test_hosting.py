@@ -4,9 +4,6 @@ import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 
-from tests.simulation.control import toy_model
-from tests.unit.node.support import Receiver, Source
-
 from fallow.domain.errors import EngineError
 from fallow.domain.fleet import DropStage, HostedStage, ModelEntry, PlaceStage, StageStatus
 from fallow.domain.ids import Digest
@@ -16,6 +13,8 @@ from fallow.engine.memory import MemoryEngine
 from fallow.fabric.memory import MemoryFabric
 from fallow.node.hosting import Hosting
 from fallow.simulator.virtual_time import LoopClock, run_virtual
+from tests.simulation.control import toy_model
+from tests.unit.node.support import Receiver, Source
 
 A, B, C = Span(0, 2), Span(2, 4), Span(4, 6)
 

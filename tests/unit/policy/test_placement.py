@@ -73,7 +73,7 @@ def test_every_placement_is_lawful(models: list[ModelNeed], nodes: list[NodeRoom
             need = needs[stage.model]
             weights += sum(need.bytes_of(piece) for piece in stage.pieces)
             assert all(a.last <= b.first for a, b in zip(stage.pieces, stage.pieces[1:], strict=False))
-            assert stage.layer_count <= rules.max_share * need.layer_count
+            assert sum(map(need.work, stage.pieces)) <= rules.max_share * need.work(need.whole) + 1e-6
         assert weights <= item.weights_bytes
     for need in models:
         if need.model in placed.unplaceable:
@@ -250,3 +250,11 @@ def test_following_the_plan_ends_where_it_should(
             kept = tuple(item for item in state[move.node] if item.model != move.model)
             state[move.node] = kept + ((move.stage,) if move.stage else ())
     assert {n: set(s) for n, s in state.items()} == {n: set(s) for n, s in goal.stages.items()}
+
+
+def test_a_heavy_head_counts_as_the_layers_that_it_costs() -> None:
+    """30 layers and a head worth 8 of them, on two devices: halves of the work, not of the layers."""
+    need = model(layers=30, head=800)
+    placed = place([need], [node(i, 4000) for i in range(2)], PlacementRules(max_share=0.7, replicas=1))
+    spans = sorted(stage.spans()[0] for stages in placed.stages.values() for stage in stages)
+    assert spans == [Span(0, 18), Span(18, 30)]
