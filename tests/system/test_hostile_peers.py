@@ -60,10 +60,16 @@ from fallow.fabric.local_link import HANDSHAKE_TIMEOUT_S, MAX_HANDSHAKES, LocalE
 from fallow.fabric.peers import HANDSHAKE_TIMEOUT_S as HELLO_TIMEOUT_S
 from fallow.fabric.peers import MAX_LINKS_PER_PEER
 from fallow.gateway.keys import new_key
-from fallow.node.stages import UNUSED_MAX_S
+from fallow.node.stage_session import UNUSED_MAX_S
 from fallow.processes.local_service import LocalService
 
-TWO_HALVES = ("--nodes", "2", "--max-layer-share", "0.6", "--memory", "1GiB")
+TWO_HALVES = """
+local_nodes = 2
+[placement]
+max_layer_share = 0.6
+[node]
+memory_bytes = "1GiB"
+"""
 QUESTION = "Name three colours and say why you like them."
 ANSWER_TOKENS = 32
 KEYS = {name: new_key() for name in ("calm", "neighbour", "newcomer")}
@@ -76,8 +82,8 @@ GREEDY_TOKENS = 6
 
 @pytest.fixture(scope="module")
 def fleet(tmp_path_factory: pytest.TempPathFactory, store: Path) -> Iterator[LocalService]:
-    settings = "\n".join(f'[[gateway.keys]]\nid = "{name}"\nsha256 = "{digest}"' for name, (_, digest) in KEYS.items())
-    with service(tmp_path_factory.mktemp("hostile"), store, *TWO_HALVES, settings=settings) as running:
+    keys = "\n".join(f'[[gateway.keys]]\nid = "{name}"\nsha256 = "{digest}"' for name, (_, digest) in KEYS.items())
+    with service(tmp_path_factory.mktemp("hostile"), store, settings=TWO_HALVES + keys) as running:
         running.wait_until_servable()
         yield running
 

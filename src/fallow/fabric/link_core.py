@@ -126,8 +126,7 @@ class LinkCore(ABC):
     async def close(self, code: str = "done", message: str = "") -> None:
         if self._end is not None:
             return
-        head, _ = encode_parts(Frame(Goodbye(code=code[:MAX_NAME_CHARS], message=message[:MAX_MESSAGE_CHARS])))
-        self._write(head, b"")
+        self._write(_goodbye(code, message), b"")
         self._end_with(LinkClosed(f"this side closed the link: {code} {message}".rstrip()))
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(CLOSE_FLUSH_S):
@@ -147,11 +146,17 @@ class LinkCore(ABC):
         try:
             frames = self._decoder.feed(data)
         except FrameError as error:
-            self._ended(error)
+            self._garbage(error)
             return
         self._deliver(frames)
         if self._decoder.failure is not None:
-            self._ended(self._decoder.failure)
+            self._garbage(self._decoder.failure)
+
+    def _garbage(self, error: FrameError) -> None:
+        """Tell the peer what was wrong, as far as that needs no waiting, and end the link."""
+        if self._end is None:
+            self._write(_goodbye(error.code, error.message), b"")
+            self._ended(error)
 
     def _eof(self) -> None:
         """The peer will send nothing more."""
@@ -228,6 +233,10 @@ class LinkCore(ABC):
         finally:
             with contextlib.suppress(ValueError):
                 waiters.remove(waiter)
+
+
+def _goodbye(code: str, message: str) -> bytes:
+    return encode_parts(Frame(Goodbye(code=code[:MAX_NAME_CHARS], message=message[:MAX_MESSAGE_CHARS])))[0]
 
 
 def _wake(waiters: deque[asyncio.Future[None]]) -> None:

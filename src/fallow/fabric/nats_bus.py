@@ -132,7 +132,9 @@ async def open_client(urls: str | Sequence[str], name: str) -> Client:
     """A nats-py client that heals by itself and logs through us. Raises `BusUnavailable`."""
 
     async def on_error(error: Exception) -> None:
-        log.warning("bus: %s: %s", type(error).__name__, error)
+        # What fails before the first connection is in what `connect` raises.
+        level = logging.WARNING if client.is_connected or client.is_reconnecting else logging.DEBUG
+        log.log(level, "bus: %s: %s", type(error).__name__, error)
 
     async def on_disconnected() -> None:
         # nats-py calls this for our own close as well.

@@ -174,7 +174,7 @@ class Chain:
             if self.hops and peer == self.hops[-1].address.node and header.epoch == self._epoch:
                 self._on_result(header, frame.payload)
         elif isinstance(header, StageState | Refused):
-            if header.epoch == self._epoch:
+            if header.epoch == self._epoch and peer in self.nodes():
                 self._states[peer] = header
                 self._wake_up()
         elif isinstance(header, Fault) and peer in self.nodes():

@@ -258,7 +258,7 @@ class FleetTokenSource:
             if chain is not None:
                 chain.on_frame(peer, frame)
             elif isinstance(header, Fault):
-                self._forget_kept(lambda chain: chain.session == header.session)
+                self._forget_kept(lambda chain: chain.session == header.session and peer in chain.nodes())
 
     def on_lost(self, peer: NodeId, reason: str) -> None:
         """A link is gone, and every chain over it is broken."""

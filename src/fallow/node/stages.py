@@ -6,20 +6,20 @@ Rules
 - One pump task a session: its steps run one after another; sessions run side by side, and the engine batches them.
 - Positions make rows idempotent and epochs fence them, as `domain/frames.py` says. Output rows are logged before they
   are sent, so a send that fails loses nothing.
-- Every queue is bounded: a session that has more than `HELD_ROWS_MAX` rows waiting is at fault, and all logs together
-  stay under the log budget by giving up their oldest rows.
+- Every queue is bounded: what waits for a session in `stage_session.py`, and all logs together stay under the log
+  budget by giving up their oldest rows.
+- Nothing is held for ever: a session whose gateway stays away, or that nobody uses, goes by itself, and its gateway is
+  told. It can always be opened again, from position 0.
 
 It does not route, place, fetch files or talk to the bus.
 """
 
 import asyncio
 import logging
-import secrets
-from collections import deque
 from collections.abc import Coroutine
 
 from fallow.domain.clock import Clock
-from fallow.domain.errors import EngineLost, FallowError, LinkClosed
+from fallow.domain.errors import EngineLost, FabricError, FallowError, LinkClosed
 from fallow.domain.frames import (
     AnyHeader,
     CloseSession,
@@ -27,6 +27,7 @@ from fallow.domain.frames import (
     Flow,
     Frame,
     OpenStage,
+    PeerAddress,
     Refused,
     Result,
     Rows,
@@ -35,73 +36,16 @@ from fallow.domain.frames import (
 from fallow.domain.ids import NodeId, SessionId
 from fallow.engine.contract import StageEngine, Step, Stepped
 from fallow.fabric.peers import Peers
-from fallow.node.activation_log import ActivationLog, Buffer, LoggedRows
+from fallow.node.activation_log import Buffer, LoggedRows
+from fallow.node.stage_session import Held, RowBudget, Session, Waiting
 
-HELD_ROWS_MAX = 16_384
-"""Rows that a session may have waiting, across frames."""
 SESSIONS_MAX = 4_096
-ORPHAN_GRACE_S = 20.0
-"""How long a session outlives its gateway's link: a gateway that reconnects goes on."""
+TAKE_MAX_S = 30.0
+"""How long a gateway may leave a full window of answers unread before it loses the session."""
+SWEEP_S = 1.0
+"""How often sessions are looked over for those that are to go by themselves."""
 
 log = logging.getLogger(__name__)
-
-
-class _Waiting:
-    """Rows that have arrived and wait for their turn or their epoch."""
-
-    __slots__ = ("header", "payload", "sender")
-
-    def __init__(self, sender: NodeId, header: Rows, payload: Buffer) -> None:
-        self.sender = sender
-        self.header = header
-        self.payload = payload
-
-
-class _Session:
-    """One session on this stage. Only its pump task awaits; frame handlers leave notes and wake it."""
-
-    def __init__(self, gateway: NodeId, opening: OpenStage) -> None:
-        self.gateway = gateway
-        self.id: SessionId = opening.session
-        self.engine_id = SessionId(secrets.token_hex(16))
-        """The engine's name for it. Its own, so that a session that is closed and opened again at once (another span)
-        does not meet itself while it is still being freed."""
-        self.model = opening.model
-        self.span = opening.span
-        self.reserved_tokens = 0
-        self.epoch = opening.epoch
-        self.position = 0
-        self.opening: OpenStage | None = opening
-        self.flow_pending: Flow | None = None
-        self.flow: Flow | None = None
-        self.flowed_epoch = 0
-        self.waiting: deque[_Waiting] = deque()
-        self.waiting_rows = 0
-        self.log = ActivationLog()
-        self.admitted = False
-        self.ended = False
-        self.wake = asyncio.Event()
-        self.orphaned_at_s: float | None = None
-        self.pump: asyncio.Task[None] | None = None
-
-    def fence(self, epoch: int) -> None:
-        """Move to a newer epoch: rows of older ones are void, and nothing flows until a `Flow` says how."""
-        self.epoch = epoch
-        self.flow = None
-        self.flow_pending = None
-        self.waiting = deque(item for item in self.waiting if item.header.epoch >= epoch)
-        self.waiting_rows = sum(item.header.count for item in self.waiting)
-
-    def take(self) -> _Waiting | None:
-        """The next rows of the present epoch, if they may flow."""
-        if self.flow is None:
-            return None
-        while self.waiting and self.waiting[0].header.epoch <= self.epoch:
-            item = self.waiting.popleft()
-            self.waiting_rows -= item.header.count
-            if item.header.epoch == self.epoch and item.sender == (self.flow.previous or self.gateway):
-                return item
-        return None
 
 
 class StageRelay:
@@ -113,7 +57,9 @@ class StageRelay:
         self._clock = clock
         self._log_budget_bytes = log_budget_bytes
         self._log_bytes = 0
-        self._sessions: dict[SessionId, _Session] = {}
+        self._sessions: dict[SessionId, Session] = {}
+        self._rows_budget = RowBudget()
+        self._sweeper: asyncio.Task[None] | None = None
         self._ending: set[asyncio.Task[None]] = set()
 
     @property
@@ -146,7 +92,9 @@ class StageRelay:
             if len(self._sessions) >= SESSIONS_MAX:
                 self._refuse(peer, opening, "kv_exhausted", f"This device already holds {SESSIONS_MAX} sessions.")
                 return
-            session = self._sessions[opening.session] = _Session(peer, opening)
+            session = Session(peer, opening, self._rows_budget, self._clock.monotonic_s())
+            self._sessions[opening.session] = session
+            self._keep_sweeping()
             session.pump = asyncio.get_running_loop().create_task(self._pump(session), name=f"session {session.id[:8]}")
             return
         if session.gateway != peer:
@@ -160,6 +108,7 @@ class StageRelay:
             self._on_open(peer, opening)
             return
         session.orphaned_at_s = None
+        session.used_at_s = self._clock.monotonic_s()
         session.fence(opening.epoch)
         session.opening = opening
         session.wake.set()
@@ -181,13 +130,11 @@ class StageRelay:
             )
             self._peers.post(peer, Frame(fault))
             return
-        if rows.epoch < session.epoch:
+        held = session.hold(Waiting(peer, rows, payload))
+        if held is Held.TOO_MANY:
+            self._fault(session, "position_mismatch", "More rows wait here than a device holds.", suspect=peer)
+        if held is not Held.WAITS:
             return
-        if session.waiting_rows + rows.count > HELD_ROWS_MAX:
-            self._fault(session, "position_mismatch", f"More than {HELD_ROWS_MAX} rows wait here.", suspect=peer)
-            return
-        session.waiting.append(_Waiting(peer, rows, payload))
-        session.waiting_rows += rows.count
         session.wake.set()
 
     def _on_close(self, peer: NodeId, close: CloseSession) -> None:
@@ -207,7 +154,7 @@ class StageRelay:
         """A link is gone: tell gateways whose chains ran over it, and let its own sessions wait for its return."""
         for session in list(self._sessions.values()):
             if session.gateway == peer:
-                self._orphan(session)
+                session.orphaned_at_s = self._clock.monotonic_s()
             elif session.flow is not None and session.flow.next is not None and session.flow.next.node == peer:
                 self._fault(session, "link_closed", f"The next stage is gone: {reason}", suspect=peer)
 
@@ -225,22 +172,29 @@ class StageRelay:
     async def close(self) -> None:
         for session in list(self._sessions.values()):
             self._end(session)
+        if self._sweeper is not None:
+            self._sweeper.cancel()
         if self._ending:
             await asyncio.gather(*self._ending, return_exceptions=True)
 
-    def _orphan(self, session: _Session) -> None:
-        session.orphaned_at_s = self._clock.monotonic_s()
-        self._later(self._end_if_still_orphaned(session, session.orphaned_at_s))
+    def _keep_sweeping(self) -> None:
+        if self._sweeper is None or self._sweeper.done():
+            self._sweeper = asyncio.get_running_loop().create_task(self._sweep(), name="session sweeper")
 
-    async def _end_if_still_orphaned(self, session: _Session, since_s: float) -> None:
-        await self._clock.sleep(ORPHAN_GRACE_S)
-        if session.orphaned_at_s == since_s:
-            log.info("session %s: its gateway did not come back, freed", session.id[:8])
-            self._end(session)
+    async def _sweep(self) -> None:
+        """While there are sessions: end those whose gateway is gone for good, and those that nobody uses."""
+        while self._sessions:
+            await self._clock.sleep(SWEEP_S)
+            now_s = self._clock.monotonic_s()
+            for session in list(self._sessions.values()):
+                expiry = session.expiry(now_s)
+                if expiry is not None:
+                    self._fault(session, "expired", f"This device freed the session: {expiry}.")
+                    self._end(session)
 
     # --- the pump -----------------------------------------------------------------------------
 
-    async def _pump(self, session: _Session) -> None:
+    async def _pump(self, session: Session) -> None:
         try:
             while not session.ended:
                 session.wake.clear()
@@ -251,7 +205,9 @@ class StageRelay:
                 elif (item := session.take()) is not None:
                     await self._compute(session, item)
                 else:
+                    session.rests = True
                     await session.wake.wait()
+                    session.rests = False
         except EngineLost as error:
             self._fault(session, error.code, error.message)
             self._end(session)
@@ -262,7 +218,7 @@ class StageRelay:
             self._fault(session, "internal", "The stage failed inside; its operator's log says how.")
             self._end(session)
 
-    async def _answer_opening(self, session: _Session, opening: OpenStage) -> None:
+    async def _answer_opening(self, session: Session, opening: OpenStage) -> None:
         try:
             if not session.admitted:
                 await self._engine.open(session.engine_id, session.model, session.span, opening.reserve_tokens)
@@ -293,7 +249,7 @@ class StageRelay:
         )
         await self._send_to_gateway(session, Frame(state))
 
-    async def _start_flow(self, session: _Session, flow: Flow) -> None:
+    async def _start_flow(self, session: Session, flow: Flow) -> None:
         session.flow_pending = None
         if flow.rewind_to is not None and flow.rewind_to < session.position:
             await self._engine.rewind(session.engine_id, flow.rewind_to)
@@ -310,7 +266,7 @@ class StageRelay:
                 return
             await self._forward(session, flow, rows)
 
-    async def _compute(self, session: _Session, item: _Waiting) -> None:
+    async def _compute(self, session: Session, item: Waiting) -> None:
         flow = session.flow
         assert flow is not None
         rows, payload = item.header, item.payload
@@ -342,6 +298,7 @@ class StageRelay:
             self._fault(session, error.code, error.message)
             return
         session.position += count
+        session.used_at_s = self._clock.monotonic_s()
         if flow.next is None:
             await self._answer(session, flow, step, stepped)
             return
@@ -354,7 +311,7 @@ class StageRelay:
         if session.flow is flow and out.end > flow.forward_from:
             await self._forward(session, flow, out.above(flow.forward_from))
 
-    async def _answer(self, session: _Session, flow: Flow, step: Step, stepped: Stepped) -> None:
+    async def _answer(self, session: Session, flow: Flow, step: Step, stepped: Stepped) -> None:
         result = Result(
             session=session.id,
             epoch=flow.epoch,
@@ -365,7 +322,7 @@ class StageRelay:
         )
         await self._send_to_gateway(session, Frame(result, stepped.payload))
 
-    async def _forward(self, session: _Session, flow: Flow, rows: LoggedRows) -> None:
+    async def _forward(self, session: Session, flow: Flow, rows: LoggedRows) -> None:
         assert flow.next is not None
         header = Rows(
             session=session.id,
@@ -387,17 +344,23 @@ class StageRelay:
 
     # --- helpers ------------------------------------------------------------------------------
 
-    async def _send_to_gateway(self, session: _Session, frame: Frame) -> None:
+    async def _send_to_gateway(self, session: Session, frame: Frame) -> None:
         """Gateways dial us, so there is no address to dial back: without its link the gateway must return first."""
-        while not self._peers.post(session.gateway, frame):
-            if session.gateway not in self._peers.connected():
-                return
-            await self._clock.sleep(0.005)
+        if self._peers.post(session.gateway, frame) or session.gateway not in self._peers.connected():
+            return
+        try:
+            async with asyncio.timeout(TAKE_MAX_S):
+                await self._peers.send(PeerAddress(session.gateway, ()), frame)
+        except TimeoutError:
+            log.info("session %s: its gateway takes no answers, freed", session.id[:8])
+            self._end(session)
+        except FabricError as error:
+            log.debug("session %s: %s", session.id[:8], error)
 
     def _refuse(self, peer: NodeId, opening: OpenStage, code: str, message: str) -> None:
         self._peers.post(peer, Frame(Refused(session=opening.session, epoch=opening.epoch, code=code, message=message)))
 
-    def _fault(self, session: _Session, code: str, message: str, suspect: NodeId | None = None) -> None:
+    def _fault(self, session: Session, code: str, message: str, suspect: NodeId | None = None) -> None:
         log.info("session %s: %s: %s", session.id[:8], code, message)
         header = Fault(session=session.id, epoch=session.epoch, code=code, message=message, suspect=suspect)
         self._peers.post(session.gateway, Frame(header))
@@ -411,14 +374,14 @@ class StageRelay:
                 return
             self._log_bytes -= freed
 
-    def _end(self, session: _Session) -> None:
+    def _end(self, session: Session) -> None:
         if self._sessions.pop(session.id, None) is None:
             return
-        session.ended = True
+        session.end()
         self._log_bytes -= session.log.size_bytes
         self._later(self._free(session))
 
-    async def _free(self, session: _Session) -> None:
+    async def _free(self, session: Session) -> None:
         if session.pump is not None and session.pump is not asyncio.current_task():
             session.pump.cancel()
             await asyncio.gather(session.pump, return_exceptions=True)
