@@ -34,7 +34,7 @@ format: $(VENV)/.installed  ## Bring the code into its style
 	@$(BIN)/ruff format .
 
 bench: $(VENV)/.bench  ## Measure against the bounds and llama.cpp; prints ratios
-	@$(BIN)/python -m benchmarks
+	@for script in benchmarks/[a-z]*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
 
 clean:  ## Remove .venv and what tools leave behind
 	@rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache build dist

@@ -145,6 +145,11 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         """The operator's models."""
         return self.state_dir / "models"
 
+    @property
+    def device_dir(self) -> Path:
+        """What a device keeps: its identity and its parts of models, apart from the operator's."""
+        return self.state_dir / "device"
+
 
 class Loaded(msgspec.Struct, frozen=True):
     """Settings and where each came from, by dotted name."""

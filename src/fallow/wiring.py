@@ -63,7 +63,9 @@ def link_address(config: Config, chosen: str | None) -> str:
     """`ip:port` to listen on for links: what was chosen, else loopback when the bus is there, else every interface."""
     if chosen is not None:
         return chosen
-    return LOOPBACK_LINKS if is_loopback(bus_host(config)) else OPEN_LINKS
+    # `fallow up --host 0.0.0.0` reaches its own bus on loopback, but others must reach its devices and its store.
+    local = is_loopback(bus_host(config)) and is_loopback(config.bus.host)
+    return LOOPBACK_LINKS if local else OPEN_LINKS
 
 
 def bus_host(config: Config) -> str:

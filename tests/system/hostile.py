@@ -20,7 +20,7 @@ import numpy as np
 import psutil
 
 from fallow.domain.errors import LinkClosed
-from fallow.domain.fleet import Catalogue, FleetStatus, Hop, StageStatus, Subjects
+from fallow.domain.fleet import Catalogue, Hop, RouteReply, RouteRequest, Subjects
 from fallow.domain.frames import (
     CloseSession,
     Fault,
@@ -60,7 +60,7 @@ HELLO = Hello(version_min=1, version_max=1)
 class Neighbour:
     """Asks the same question again and again while the block lasts; `check` compares every answer."""
 
-    def __init__(self, url: str, key: str, question: str, tokens: int, expected: Answer) -> None:
+    def __init__(self, url: str, key: str | None, question: str, tokens: int, expected: Answer) -> None:
         self._ask = (url, question, tokens, key)
         self._expected = expected
         self._first_piece = threading.Event()
@@ -115,34 +115,31 @@ class Targets(msgspec.Struct, frozen=True):
         return self.hops[-1]
 
 
-def find_targets(service: LocalService, fleet: FleetStatus) -> Targets:
-    """From what the coordinator tells. Every layer must be on exactly one device."""
-    [entry] = fleet.models
-    hops = [
-        Hop(address=beat.address, span=Span(hosted.stage.pieces[0].first, hosted.stage.pieces[-1].last))
-        for beat in fleet.nodes
-        for hosted in beat.hosted
-        if hosted.status is StageStatus.READY
-    ]
-    catalogue = asyncio.run(_catalogue(service))
+def find_targets(service: LocalService) -> Targets:
+    """What the coordinator tells a gateway."""
+    return asyncio.run(_find_targets(service))
+
+
+async def _find_targets(service: LocalService) -> Targets:
+    found = running(service.state_dir)
+    assert found is not None
+    subjects = Subjects(found.cell)
+    bus = await NatsBus.connect(found.bus_url, "hostile-tests")
+    try:
+        catalogue = msgspec.json.decode(await bus.request(subjects.catalogue, b"", 5.0), type=Catalogue)
+        [entry] = catalogue.models
+        asked = RouteRequest(model=entry.model, session=new_session(), reserve_tokens=64)
+        route = msgspec.json.decode(await bus.request(subjects.route, msgspec.json.encode(asked), 5.0), type=RouteReply)
+    finally:
+        await bus.close()
+    assert route.hops, route.error
     return Targets(
         model=entry.model,
         hidden_size=entry.config.hidden_size,
         vocab_size=entry.config.vocab_size,
-        hops=tuple(sorted(hops, key=lambda hop: hop.span.first)),
+        hops=route.hops,
         gateway=catalogue.stores[0],
     )
-
-
-async def _catalogue(service: LocalService) -> Catalogue:
-    found = running(service.state_dir)
-    assert found is not None
-    bus = await NatsBus.connect(found.bus_url, "hostile-tests")
-    try:
-        reply = await bus.request(Subjects(found.cell).catalogue, b"", 5.0)
-    finally:
-        await bus.close()
-    return msgspec.json.decode(reply, type=Catalogue)
 
 
 def resident_bytes(service: LocalService) -> dict[str, int]:

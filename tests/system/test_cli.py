@@ -168,6 +168,28 @@ def test_a_second_up_in_the_same_folder_is_refused(split_service: LocalService) 
     assert str(split_service.pid) in done.stderr
 
 
+def test_a_taken_port_is_named(tmp_path: Path, split_service: LocalService) -> None:
+    port = split_service.api_url.rsplit(":", 1)[1]
+    done = fallow("up", "--port", port, "--no-default-model", "--state-dir", str(tmp_path))
+    assert done.returncode == 1
+    assert port in done.stderr
+    assert "--port" in done.stderr
+
+
+def test_a_device_joins_works_and_leaves_politely(tmp_path: Path, store: Path) -> None:
+    with service(tmp_path, store) as running:
+        pid = running.join("guest", "--memory", "1GiB")
+        running.wait_until_servable()
+        again = fallow("join", running.bus_url, "--state-dir", str(tmp_path / "joined" / "guest"))
+        assert again.returncode == 1
+        assert "--state-dir" in again.stderr
+        os.kill(pid, signal.SIGTERM)
+        running.wait_for(lambda fleet: not [beat for beat in fleet.nodes if beat.name == "guest"], 10, "its goodbye")
+        words = (tmp_path / "guest.output").read_text()
+        assert "has joined" in words
+        assert "Leaving" in words
+
+
 def test_secrets_are_on_no_command_line_and_in_no_open_file(split_service: LocalService) -> None:
     password = split_service.bus_url.split(":")[2].split("@")[0]
     up = psutil.Process(split_service.pid)
@@ -246,3 +268,30 @@ def test_nothing_outlives_a_killed_supervisor(tmp_path: Path, store: Path) -> No
         os.kill(running.pid, signal.SIGKILL)
         _, alive = psutil.wait_procs(family, timeout=10)
         assert not alive
+
+
+# --- models --------------------------------------------------------------------------------------
+
+
+def test_model_commands_from_add_to_remove(tmp_path: Path) -> None:
+    checkpoint = Path(__file__).parents[1] / "fixtures" / "families" / "qwen3"
+    state = {"FALLOW_STATE_DIR": str(tmp_path)}
+    added = fallow("model", "add", str(checkpoint), "--name", "tiny", env=state)
+    assert added.returncode == 0, added.stderr
+    assert "tiny" in added.stdout
+
+    facts = json.loads(fallow("model", "inspect", "tiny", "--json", env=state).stdout)
+    assert (facts["family"], facts["quantisation"]) == ("qwen3", "q8")
+    checked = fallow("model", "check", "tiny", "--against", str(checkpoint), env=state)
+    assert checked.returncode == 0, checked.stderr
+    assert "unchanged" in checked.stdout
+    assert "perplexity" in checked.stdout
+
+    blob = max((tmp_path / "models" / "blobs").glob("*/*/*"), key=lambda path: path.stat().st_size)
+    blob.write_bytes(blob.read_bytes()[:-1] + b"\x00")
+    damaged = fallow("model", "check", "tiny", env=state)
+    assert damaged.returncode == 1
+    assert "changed on disk" in damaged.stderr
+
+    assert fallow("model", "remove", "tiny", env=state).returncode == 0
+    assert json.loads(fallow("model", "list", "--json", env=state).stdout) == []

@@ -66,7 +66,7 @@ from fallow.processes.local_service import LocalService
 TWO_HALVES = """
 local_nodes = 2
 [placement]
-max_layer_share = 0.6
+max_share = 0.7
 [node]
 memory_bytes = "1GiB"
 """
@@ -78,6 +78,9 @@ GROWTH_MAX_BYTES = 96 << 20
 RANDOM_SEED = 20_240_607
 PROMPT = (1, 4093, 198, 1780, 314, 260, 3575, 282, 4649, 47)
 GREEDY_TOKENS = 6
+ROOM_TOKENS = 3000
+"""More than what kept conversations can give back."""
+ROOM_SLACK_S = 15.0
 
 
 @pytest.fixture(scope="module")
@@ -90,8 +93,8 @@ def fleet(tmp_path_factory: pytest.TempPathFactory, store: Path) -> Iterator[Loc
 
 @pytest.fixture(scope="module")
 def targets(fleet: LocalService) -> Targets:
-    found = find_targets(fleet, fleet.wait_until_servable())
-    assert [hop.span.first for hop in found.hops] == [0, found.first.span.last]
+    found = find_targets(fleet)
+    assert len(found.hops) == 2
     return found
 
 
@@ -222,7 +225,8 @@ def test_torn_and_mutated_frames(
                 frame[chance.randrange(len(frame))] = chance.randrange(256)
             async with dialled(address, transport, sockets) as link:
                 put(link, HELLO_BYTES + bytes(frame))
-                await link.receive()
+                with contextlib.suppress(LinkClosed):
+                    await link.receive()
         # One big frame that never ends: what was announced is legal, and holds only what came.
         async with dialled(address, transport, sockets) as link:
             put(link, HELLO_BYTES + PREFIX.pack(MAX_FRAME_BYTES, 100) + b"x" * 1000)
@@ -256,8 +260,6 @@ def test_links_of_one_stranger_are_bounded(targets: Targets, undisturbed: None, 
         async with tenant(transport, sockets) as stranger:
             endpoint = stranger.peers._endpoint
             links = [await endpoint.connect(targets.first.address) for _ in range(3 * MAX_LINKS_PER_PEER)]
-            for link in links:
-                put(link, HELLO_BYTES)  # type: ignore[arg-type]
             refused = [await farewell(link) for link in links[MAX_LINKS_PER_PEER:]]  # type: ignore[arg-type]
             for link in links:
                 await link.close()
@@ -543,29 +545,28 @@ def test_room_that_a_stranger_takes_and_does_not_use_comes_back(
     """Every token of KV room of a device is reserved by one who then keeps silent, link open. A newcomer whose
     conversation needs new room is refused by name while that lasts, and served within `UNUSED_MAX_S` or little more."""
 
+    def first_sentence(key: str, tokens: int) -> Answer:
+        return ask(fleet.api_url, QUESTION, tokens, KEYS[key][0], stop=["."])
+
     async def scenario() -> None:
+        expected = await asyncio.to_thread(first_sentence, "calm", 64)
         async with tenant("local", sockets) as stranger:
-            refused: Refused | None = None
-            for reserve_tokens in (512, 128, 32):
-                for _ in range(200):
-                    session = new_session()
-                    answer = await stranger.open(targets.first, targets, session, reserve_tokens)
-                    if isinstance(answer, Refused):
-                        refused = answer
-                        break
-            assert refused is not None
-            assert refused.code == "kv_exhausted"
+            for reserve_tokens in (4096, 512, 64):
+                answer: StageState | Refused | None = None
+                while not isinstance(answer, Refused):
+                    answer = await stranger.open(targets.first, targets, new_session(), reserve_tokens)
+                assert answer.code == "kv_exhausted"
             began_s = time.monotonic()
             errors = []
             while True:
-                answer = await asyncio.to_thread(ask, fleet.api_url, QUESTION, ANSWER_TOKENS, KEYS["newcomer"][0])
-                waited_s = time.monotonic() - began_s
-                if answer.error is None:
+                served = await asyncio.to_thread(first_sentence, "newcomer", ROOM_TOKENS)
+                if served.error is None:
                     break
-                errors.append(answer.error)
-                assert waited_s < UNUSED_MAX_S + 15, errors
+                errors.append(served.error)
+                assert time.monotonic() - began_s < UNUSED_MAX_S + ROOM_SLACK_S, errors
             assert errors, "the device had room left"
-            assert answer.text == calm.text
+            assert "room" in errors[0]
+            assert served.text == expected.text
             assert stranger.peers.connected()
 
     asyncio.run(scenario())

@@ -46,7 +46,7 @@ def up(
 
           fallow up --nodes 3                      three devices on this machine
           fallow up --host 0.0.0.0 --nodes 1       other machines of the network can join
-          fallow up --nodes 3 --max-share 0.5   no device holds more than half of a model
+          fallow up --nodes 3 --max-share 0.5      a model is split, even where it fits one device
     """
     from fallow.processes.up import run
 
@@ -124,4 +124,4 @@ def join(
             "state_dir": state_dir,
         },
     )
-    asyncio.run(run(loaded.config, parent))
+    asyncio.run(run(loaded.config, say, parent))

@@ -108,6 +108,7 @@ def leaving(message: bytes) -> NodeLeaving:
 
 
 def route_request(message: bytes) -> RouteRequest:
+    """A request for a chain."""
     request = decode(message, RouteRequest)
     _require(bool(_SESSION.fullmatch(request.session)), "a session id of 32 hex digits", request.session)
     _number("reserve_tokens", request.reserve_tokens, 1, CONTEXT_MAX_TOKENS)
@@ -121,6 +122,7 @@ def route_request(message: bytes) -> RouteRequest:
 
 
 def store_announced(message: bytes) -> StoreAnnounced:
+    """A store's announcement."""
     announced = decode(message, StoreAnnounced)
     _address(announced.address)
     _number("the number of models", len(announced.models), 0, MODELS_MAX)
@@ -144,6 +146,7 @@ def _entry(entry: ModelEntry) -> None:
 
 
 def gateway_report(message: bytes) -> GatewayReport:
+    """A gateway's figures."""
     report = decode(message, GatewayReport)
     _require(bool(_ID.fullmatch(report.gateway)), "a gateway id of 64 hex digits", report.gateway)
     _text("a url", report.url, TEXT_MAX_CHARS)

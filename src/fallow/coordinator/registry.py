@@ -31,11 +31,15 @@ _V = TypeVar("_V")
 
 
 class HeardGateway(msgspec.Struct, frozen=True):
+    """A gateway's last report, and when it came."""
+
     report: GatewayReport
     heard_s: float
 
 
 class HeardStore(msgspec.Struct, frozen=True):
+    """A store's last announcement, and when it came."""
+
     announced: StoreAnnounced
     heard_s: float
 
@@ -145,6 +149,7 @@ def best_speed(heartbeat: Heartbeat) -> Speed | None:
 
 
 def need_of(entry: ModelEntry) -> ModelNeed:
+    """What a model takes, for placement."""
     embedding, head, layers = entry.weights_bytes
     return ModelNeed(
         model=entry.model,
@@ -156,6 +161,7 @@ def need_of(entry: ModelEntry) -> ModelNeed:
 
 
 def shape_of(entry: ModelEntry) -> ModelShape:
+    """What a model looks like, for routing."""
     embedding, head, layers = entry.weights_bytes
     head_bytes = embedding if entry.config.tied_head else head
     return ModelShape(

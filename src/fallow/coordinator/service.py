@@ -43,6 +43,8 @@ log = logging.getLogger(__name__)
 
 
 class CoordinatorConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """The cell, and the rules of every decision."""
+
     cell: str
     placement: PlacementRules = PlacementRules()
     membership: MembershipRules = MembershipRules()

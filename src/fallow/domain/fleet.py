@@ -14,6 +14,8 @@ from fallow.domain.model import ModelConfig, Quantisation, Span, StageSpec
 
 
 class StageStatus(StrEnum):
+    """How far a hosted stage has come."""
+
     FETCHING = "fetching"
     LOADING = "loading"
     READY = "ready"
@@ -152,6 +154,8 @@ class ModelEntry(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Catalogue(msgspec.Struct, frozen=True, kw_only=True):
+    """The models that are served, and where their files are."""
+
     models: tuple[ModelEntry, ...]
     stores: tuple[PeerAddress, ...]
     """Peers that hold every file: the operator's store first."""

@@ -68,10 +68,14 @@ class Hello(Header, frozen=True, kw_only=True, tag="hello"):
 
 
 class Ping(Header, frozen=True, kw_only=True, tag="ping"):
+    """Ask for a sign of life."""
+
     nonce: int
 
 
 class Pong(Header, frozen=True, kw_only=True, tag="pong"):
+    """The answer to a `Ping`, with its nonce."""
+
     nonce: int
 
 

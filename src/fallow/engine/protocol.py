@@ -26,20 +26,28 @@ Payload = bytes | bytearray | memoryview
 
 
 class Request(msgspec.Struct, frozen=True, tag_field="kind", array_like=True):
+    """Base of what the agent asks; the ticket comes back in the reply."""
+
     ticket: int
 
 
 class Load(Request, frozen=True, tag="load"):
+    """Build a stage from local files, by digest."""
+
     stage: StageSpec
     manifest: Manifest
     files: dict[Digest, str]
 
 
 class Unload(Request, frozen=True, tag="unload"):
+    """Let go of a model and its sessions."""
+
     model: Digest
 
 
 class Open(Request, frozen=True, tag="open"):
+    """Admit a session at position 0."""
+
     session: SessionId
     model: Digest
     span: Span
@@ -47,6 +55,8 @@ class Open(Request, frozen=True, tag="open"):
 
 
 class Reserve(Request, frozen=True, tag="reserve"):
+    """Grow a session's reservation."""
+
     session: SessionId
     reserve_tokens: int
 
@@ -63,11 +73,15 @@ class Run(Request, frozen=True, tag="run"):
 
 
 class Rewind(Request, frozen=True, tag="rewind"):
+    """Forget a session's rows at and above a position."""
+
     session: SessionId
     position: int
 
 
 class Free(Request, frozen=True, tag="free"):
+    """End a session."""
+
     session: SessionId
 
 
@@ -75,7 +89,7 @@ AnyRequest = Load | Unload | Open | Reserve | Run | Rewind | Free
 
 
 class Reply(msgspec.Struct, frozen=True, tag_field="kind", array_like=True):
-    pass
+    """Base of what the worker answers."""
 
 
 class Ready(Reply, frozen=True, tag="ready"):
@@ -85,6 +99,8 @@ class Ready(Reply, frozen=True, tag="ready"):
 
 
 class Done(Reply, frozen=True, tag="done"):
+    """A request was carried out; how busy the worker is now."""
+
     ticket: int
     sessions: int
     kv_free_bytes: int
@@ -101,6 +117,8 @@ class Computed(Reply, frozen=True, tag="computed"):
 
 
 class Failed(Reply, frozen=True, tag="failed"):
+    """A request was refused or failed; `code` is that of a `FallowError`."""
+
     ticket: int
     code: str
     message: str

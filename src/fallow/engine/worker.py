@@ -32,6 +32,7 @@ PR_SET_PDEATHSIG = 1
 
 
 def main() -> None:
+    """The worker process: the inherited socket's descriptor and the settings are its arguments."""
     descriptor, settings = int(sys.argv[1]), msgspec.json.decode(sys.argv[2], type=EngineSettings)
     parent = os.getppid()
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -128,10 +128,7 @@ class LinkCore(ABC):
             return
         self._write(_goodbye(code, message), b"")
         self._end_with(LinkClosed(f"this side closed the link: {code} {message}".rstrip()))
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(CLOSE_FLUSH_S):
-                await self._finish()
-        self._drop()
+        await self._flush_and_drop()
 
     def abort(self, message: str) -> None:
         self._ended(LinkClosed(message))
@@ -153,10 +150,13 @@ class LinkCore(ABC):
             self._garbage(self._decoder.failure)
 
     def _garbage(self, error: FrameError) -> None:
-        """Tell the peer what was wrong, as far as that needs no waiting, and end the link."""
+        """End the link, and tell the peer what was wrong."""
         if self._end is None:
             self._write(_goodbye(error.code, error.message), b"")
-            self._ended(error)
+            self._end_with(error)
+            closing = self._loop.create_task(self._flush_and_drop())
+            _closing.add(closing)
+            closing.add_done_callback(_closing.discard)
 
     def _eof(self) -> None:
         """The peer will send nothing more."""
@@ -225,6 +225,12 @@ class LinkCore(ABC):
             except Exception:
                 log.exception("handling the end of a link with %s failed", self._peer)
 
+    async def _flush_and_drop(self) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(CLOSE_FLUSH_S):
+                await self._finish()
+        self._drop()
+
     async def _wait(self, waiters: deque[asyncio.Future[None]]) -> None:
         waiter = self._loop.create_future()
         waiters.append(waiter)
@@ -233,6 +239,10 @@ class LinkCore(ABC):
         finally:
             with contextlib.suppress(ValueError):
                 waiters.remove(waiter)
+
+
+_closing: set[asyncio.Task[None]] = set()
+"""Links that garbage ended, until their peers were told; kept so that their tasks are not collected half-way."""
 
 
 def _goodbye(code: str, message: str) -> bytes:

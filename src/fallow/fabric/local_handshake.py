@@ -29,6 +29,8 @@ _CHALLENGE_BYTES: Final = len(MAGIC) + KEY_BYTES + NONCE_BYTES
 
 
 class Role(Enum):
+    """Which side of a link this process is."""
+
     DIALLER = b"dialler"
     LISTENER = b"listener"
 

@@ -28,6 +28,8 @@ CLOSE_TIMEOUT_S = 5.0
 
 
 class FinishReason(StrEnum):
+    """Why an answer ended."""
+
     STOP = "stop"
     """The model ended its answer, or a stop string came up."""
     LENGTH = "length"

@@ -78,6 +78,7 @@ def invalid_key(message: str) -> Problem:
 
 
 def foreign_host() -> Problem:
+    """A 403 for a request by another name or origin, while no key is configured."""
     message = (
         "Without API keys this gateway answers only requests to localhost, and none from web pages of other origins. "
         "Configure an API key to use it under another name."

@@ -12,10 +12,14 @@ import msgspec
 
 
 class StreamOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """Options of a streamed reply."""
+
     include_usage: bool | None = None
 
 
 class ResponseFormat(msgspec.Struct, frozen=True, kw_only=True):
+    """Which form the answer should have; only `text` is served."""
+
     type: str
 
 
@@ -27,6 +31,8 @@ class ContentPart(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ChatMessage(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One message of a conversation."""
+
     role: Literal["developer", "system", "user", "assistant", "tool"]
     content: str | list[ContentPart] | None = None
     name: str | None = None
@@ -81,6 +87,8 @@ class CompletionRequest(CommonRequest, frozen=True, kw_only=True):
 
 
 class ErrorBody(msgspec.Struct, frozen=True, kw_only=True):
+    """What went wrong, in OpenAI's words."""
+
     message: str
     type: str
     param: str | None = None
@@ -88,10 +96,14 @@ class ErrorBody(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ErrorReply(msgspec.Struct, frozen=True):
+    """The body of every reply that is an error."""
+
     error: ErrorBody
 
 
 class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
+    """One model in a listing."""
+
     id: str
     created: int
     object: str = "model"
@@ -99,15 +111,21 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ModelList(msgspec.Struct, frozen=True, kw_only=True):
+    """The models that can be asked for."""
+
     data: list[ModelCard]
     object: str = "list"
 
 
 class PromptTokensDetails(msgspec.Struct, frozen=True, kw_only=True):
+    """How many prompt tokens came from a cache."""
+
     cached_tokens: int = 0
 
 
 class Usage(msgspec.Struct, frozen=True, kw_only=True):
+    """Tokens of a request."""
+
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
@@ -115,12 +133,16 @@ class Usage(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class TopLogprob(msgspec.Struct, frozen=True, kw_only=True):
+    """A candidate and its log-probability."""
+
     token: str
     logprob: float
     bytes: list[int]
 
 
 class ChatTokenLogprob(msgspec.Struct, frozen=True, kw_only=True):
+    """A chosen token, its log-probability and the candidates beside it."""
+
     token: str
     logprob: float
     bytes: list[int]
@@ -128,11 +150,15 @@ class ChatTokenLogprob(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ChatLogprobs(msgspec.Struct, frozen=True, kw_only=True):
+    """Log-probabilities of a chat answer."""
+
     content: list[ChatTokenLogprob]
     refusal: None = None
 
 
 class CompletionLogprobs(msgspec.Struct, frozen=True, kw_only=True):
+    """Log-probabilities of a plain completion, one entry a token."""
+
     tokens: list[str]
     token_logprobs: list[float]
     top_logprobs: list[dict[str, float]] | None
@@ -140,12 +166,16 @@ class CompletionLogprobs(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class AssistantMessage(msgspec.Struct, frozen=True, kw_only=True):
+    """A whole answer."""
+
     content: str
     role: str = "assistant"
     refusal: None = None
 
 
 class ChatChoice(msgspec.Struct, frozen=True, kw_only=True):
+    """One of a chat's answers."""
+
     index: int
     message: AssistantMessage
     logprobs: ChatLogprobs | None
@@ -153,6 +183,8 @@ class ChatChoice(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ChatReply(msgspec.Struct, frozen=True, kw_only=True):
+    """The body of a chat reply that is not streamed."""
+
     id: str
     created: int
     model: str
@@ -163,6 +195,8 @@ class ChatReply(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class CompletionChoice(msgspec.Struct, frozen=True, kw_only=True):
+    """One of a prompt's completions."""
+
     index: int
     text: str
     logprobs: CompletionLogprobs | None
@@ -170,6 +204,8 @@ class CompletionChoice(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class CompletionReply(msgspec.Struct, frozen=True, kw_only=True):
+    """The body of a completion reply that is not streamed."""
+
     id: str
     created: int
     model: str
@@ -187,6 +223,8 @@ class Delta(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class ChatChunkChoice(msgspec.Struct, frozen=True, kw_only=True):
+    """A piece of one of a chat's answers."""
+
     index: int
     delta: Delta
     logprobs: ChatLogprobs | None = None
@@ -206,6 +244,8 @@ class ChatChunk(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class CompletionChunk(msgspec.Struct, frozen=True, kw_only=True):
+    """One event of a streamed completion."""
+
     id: str
     created: int
     model: str

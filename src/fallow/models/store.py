@@ -64,6 +64,8 @@ class Store:
         if path is None or index < 0:
             return None
         try:
+            if index * BLOB_CHUNK_BYTES >= path.stat().st_size:  # seeking far beyond the end is an error
+                return None
             with path.open("rb") as file:
                 file.seek(index * BLOB_CHUNK_BYTES)
                 chunk = file.read(BLOB_CHUNK_BYTES)

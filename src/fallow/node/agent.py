@@ -46,6 +46,8 @@ log = logging.getLogger(__name__)
 
 
 class AgentConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """What the owner allows, and the agent's intervals."""
+
     cell: str
     name: str
     """For people; up to 128 printable characters."""

@@ -7,7 +7,8 @@ Rules
   blobs. A source that does not answer in `CHUNK_TIMEOUT_S`, has not got the blob, or is lost, is dropped for that blob;
   its chunks go to the others. Nobody left: `BlobUnavailable`, with every source's reason.
 - What has arrived is kept, so an interrupted fetch goes on where it was, also after a restart.
-- Serving is bounded by peer: beyond `SERVED_PER_PEER_MAX` requests waiting, further ones are answered as not found.
+- Serving is bounded by peer: beyond `SERVED_PER_PEER_MAX` requests waiting, further ones are answered as not found. A
+  peer that does not take a chunk for as long as it would have waited for it does not get it.
 
 Disk work runs in threads, so that a session's rows never wait for it.
 """
@@ -30,7 +31,8 @@ from fallow.models.store import PartialBlob, Store
 WINDOW_CHUNKS_PER_SOURCE = 4
 CHUNK_TIMEOUT_S = 15.0
 BLOBS_IN_PARALLEL_MAX = 4
-SERVED_PER_PEER_MAX = 32
+SERVED_PER_PEER_MAX = 8
+"""Requests of one peer that are served at a time; those who fetch have half as many in flight. Each holds a chunk."""
 
 log = logging.getLogger(__name__)
 
@@ -60,8 +62,9 @@ class ChunkServer:
         try:
             chunk = await asyncio.to_thread(self._store.read_chunk, header.digest, header.index)
             answer = Chunk(digest=header.digest, index=header.index, found=chunk is not None)
-            await self._peers.send(PeerAddress(peer, ()), Frame(answer, chunk or b""))
-        except (FabricError, OSError) as error:
+            async with asyncio.timeout(CHUNK_TIMEOUT_S):
+                await self._peers.send(PeerAddress(peer, ()), Frame(answer, chunk or b""))
+        except (FabricError, OSError, TimeoutError) as error:
             log.info("a chunk for %s could not be served: %s", peer[:8], error)
         finally:
             self._serving[peer] -= 1

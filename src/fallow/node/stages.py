@@ -21,7 +21,6 @@ from collections.abc import Coroutine
 from fallow.domain.clock import Clock
 from fallow.domain.errors import EngineLost, FabricError, FallowError, LinkClosed
 from fallow.domain.frames import (
-    AnyHeader,
     CloseSession,
     Fault,
     Flow,
@@ -394,8 +393,3 @@ class StageRelay:
         task = asyncio.get_running_loop().create_task(work)
         self._ending.add(task)
         task.add_done_callback(self._ending.discard)
-
-
-def is_session_frame(header: AnyHeader) -> bool:
-    """Whether `StageRelay.handle` takes this kind."""
-    return isinstance(header, Rows | Flow | OpenStage | CloseSession | Fault)

@@ -38,6 +38,8 @@ class Pulse(msgspec.Struct, frozen=True):
 
 
 class Verdict(Enum):
+    """What the silence of a peer means."""
+
     ALIVE = "alive"
     LOST = "lost"
 

@@ -27,6 +27,8 @@ DEPARTURES_MAX = 16
 
 
 class MembershipRules(msgspec.Struct, frozen=True, kw_only=True):
+    """When a node counts as gone, forgotten or flapping."""
+
     heartbeat_interval_s: float = 1.0
     missed_max: int = 3
     late_s: float = 0.2
@@ -40,6 +42,8 @@ class MembershipRules(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Presence(StrEnum):
+    """Whether a node is here."""
+
     PRESENT = "present"
     LEFT = "left"
     """It said goodbye."""

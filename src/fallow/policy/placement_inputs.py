@@ -12,6 +12,8 @@ GRIDS_CACHED_MAX = 1024
 
 
 class PlacementRules(msgspec.Struct, frozen=True, kw_only=True):
+    """What a placement must respect and aim at."""
+
     max_pieces: int = 6
     """Pieces that a model is cut into; more only when it cannot be covered otherwise."""
     max_share: float = 1.0

@@ -32,6 +32,8 @@ RTT_MAX_S = 60.0
 
 
 class RoutingRules(msgspec.Struct, frozen=True, kw_only=True):
+    """Assumptions where nothing was measured, and bounds of the search."""
+
     hop_overhead_s: float = 0.001
     rtt_unknown_s: float = 0.002
     layer_unknown_s: float = 0.001

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+from typing import Final
 
 from fallow import wiring
 from fallow.config import Config
@@ -18,6 +19,9 @@ from fallow.models.store import Store
 from fallow.processes.addresses import api_url, check_exposure
 from fallow.processes.lifetime import Stop
 from fallow.processes.store_server import StoreServer
+
+CLOSE_LIMIT_S: Final = 10.0
+"""The server itself ends running answers sooner; this is for what it cannot."""
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +62,7 @@ async def run(config: Config, parent_pid: int | None = None) -> None:
         server = await serve(app, config.gateway.host, config.gateway.port)
         log.info("the API is at %s", server.url)
         await stop.polite.wait()
-        await server.close()
+        await stop.unless_at_once(server.close(), CLOSE_LIMIT_S)
     finally:
         await source.close()
         await files.close()

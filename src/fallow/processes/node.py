@@ -11,18 +11,25 @@ from fallow.models.store import Store
 from fallow.node.agent import Agent, AgentConfig
 from fallow.node.limits import split_memory
 from fallow.processes.lifetime import Stop
+from fallow.processes.lock import hold
+from fallow.processes.supervisor import Tell
 
 NAME_MAX_CHARS: Final = 128
 LEAVE_LIMIT_S: Final = 15.0
 
 
-async def run(config: Config, parent_pid: int | None = None) -> None:
+async def run(config: Config, tell: Tell, parent_pid: int | None = None) -> None:
     """Run until a signal. Raises `BusUnavailable`, `ConfigError`, `EngineError`."""
+    with hold(config.device_dir):
+        await _run(config, tell, parent_pid)
+
+
+async def _run(config: Config, tell: Tell, parent_pid: int | None) -> None:
     stop = Stop()
     stop.listen(parent_pid)
     memory = split_memory(config.node.memory_bytes, config.node.kv_budget_bytes)
-    who = wiring.identity(config.state_dir)
-    store = Store(config.store_dir)
+    who = wiring.identity(config.device_dir)
+    store = Store(config.device_dir / "models")
     bus = await wiring.open_bus(config, who.node)
     endpoint = await wiring.open_links(config, who, config.node.listen)
     engine = wiring.engine(memory.kv_budget_bytes, threads(config))
@@ -43,7 +50,10 @@ async def run(config: Config, parent_pid: int | None = None) -> None:
     )
     try:
         await agent.start()
+        lent = f"{memory.memory_bytes / (1 << 30):.1f} GiB and {threads(config)} thread(s)"
+        tell(f"{name(config)} ({who.node[:8]}) has joined and lends {lent}. Ctrl-C leaves.")
         await stop.polite.wait()
+        tell("Leaving: running answers move to other devices first. Once more stops at once.")
         await stop.unless_at_once(agent.drain(), LEAVE_LIMIT_S)
     finally:
         await agent.close()

@@ -9,6 +9,7 @@ Rules
 """
 
 import asyncio
+import contextlib
 import os
 import socket
 import sys
@@ -21,7 +22,7 @@ import msgspec
 
 from fallow import wiring
 from fallow.config import Config, Loaded, as_environment
-from fallow.domain.errors import ConfigError, ModelError
+from fallow.domain.errors import BusUnavailable, ConfigError, ModelError
 from fallow.fabric.broker import Broker
 from fallow.models.store import Store
 from fallow.node.limits import split_memory
@@ -34,6 +35,7 @@ STOP_LIMIT_S: Final = 15.0
 CHILD_STOP_LIMIT_S: Final = 6.0
 READY_LIMIT_S: Final = 30.0
 READY_POLL_S: Final = 0.1
+FAILURE_POLL_S: Final = 1.0
 
 
 async def run(loaded: Loaded, tell: Tell) -> None:
@@ -56,18 +58,25 @@ async def run(loaded: Loaded, tell: Tell) -> None:
     try:
         await service.start()
         await service.wait_until_ready(stop)
-        await stop.polite.wait()
+        await service.wait_until_failed(stop)
         tell("Stopping.")
     finally:
         await stop.unless_at_once(service.close(), STOP_LIMIT_S)
 
 
 def _with_port(config: Config) -> Config:
-    """Port 0 made a real one here, so that the gateway comes back at the same one when it is restarted."""
-    if config.gateway.port:
-        return config
-    with socket.create_server((config.gateway.host, 0)) as probe:
-        port = probe.getsockname()[1]
+    """Port 0 made a real one, so that the gateway comes back at the same one when it is restarted.
+
+    Raises `ConfigError` for an address that is taken: whoever answers there must not be mistaken for our gateway.
+    """
+    host, port = config.gateway.host, config.gateway.port
+    try:
+        with socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+            port = probe.getsockname()[1]
+    except OSError as error:
+        raise ConfigError(
+            f"The API cannot listen on {host} port {port} ({error.strerror}); choose another with --port, or 0 for any."
+        ) from error
     return msgspec.structs.replace(config, gateway=msgspec.structs.replace(config.gateway, port=port))
 
 
@@ -141,6 +150,17 @@ class Service:
                         return
                     await asyncio.sleep(READY_POLL_S)
         self._say_what_runs(url)
+
+    async def wait_until_failed(self, stop: Stop) -> None:
+        """Return when asked to stop. Raises `BusUnavailable` when a part that all depend on was given up."""
+        while not stop.polite.is_set():
+            if self._broker is not None and self._broker.failure is not None:
+                raise BusUnavailable(f"The control bus cannot be kept running: {self._broker.failure}")
+            for child in (self._gateway, self._coordinator):
+                if child is not None and child.given_up:
+                    raise BusUnavailable(f"The {child.name} cannot be kept running. {child.last_words()}")
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(stop.polite.wait(), FAILURE_POLL_S)
 
     async def close(self) -> None:
         """Stop everything, in order."""

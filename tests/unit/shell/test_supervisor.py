@@ -1,0 +1,103 @@
+"""Children are kept alive within bounds, and ended within bounds. The children are real processes."""
+
+import asyncio
+import os
+import signal
+import sys
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from fallow.processes import supervisor
+from fallow.processes.supervisor import Child
+
+LIMIT_S = 20.0
+OBEDIENT = "import time; print('up', flush=True); time.sleep(60)"
+STUBBORN = "import signal, time; signal.signal(15, signal.SIG_IGN); print('up', flush=True); time.sleep(60)"
+
+
+def child(tmp_path: Path, code: str, told: list[str]) -> Child:
+    return Child("worker", [sys.executable, "-c", code], {"MARK": "1"}, tmp_path / "worker.output", told.append)
+
+
+async def until(holds: Callable[[], bool]) -> None:
+    async with asyncio.timeout(LIMIT_S):
+        while not holds():
+            await asyncio.sleep(0.01)
+
+
+def run(work: Callable[[], Awaitable[None]]) -> None:
+    async def main() -> None:
+        await work()
+
+    asyncio.run(main())
+
+
+def test_a_child_that_is_killed_comes_back(tmp_path: Path) -> None:
+    told: list[str] = []
+
+    async def work() -> None:
+        worker = child(tmp_path, OBEDIENT, told)
+        await worker.start()
+        first = worker.pid
+        assert first is not None
+        os.kill(first, signal.SIGKILL)
+        await until(lambda: worker.pid not in (None, first))
+        await worker.stop(2.0)
+        assert worker.pid is None
+
+    run(work)
+    assert len(told) == 1
+    assert "signal 9" in told[0]
+
+
+def test_a_child_that_cannot_live_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervisor, "RESTARTS_MAX", 2)
+    monkeypatch.setattr(supervisor, "RESTART_WAIT_S", 0.01)
+    told: list[str] = []
+
+    async def work() -> None:
+        worker = child(tmp_path, "import sys; sys.exit('no luck today')", told)
+        await worker.start()
+        await until(lambda: worker.given_up)
+        await worker.stop(1.0)
+
+    run(work)
+    assert len(told) == 3
+    assert "no luck today" in told[0]
+    assert "given up" in told[-1]
+
+
+@pytest.mark.parametrize("code", [OBEDIENT, STUBBORN])
+def test_stopping_is_bounded(tmp_path: Path, code: str) -> None:
+    told: list[str] = []
+
+    async def work() -> None:
+        worker = child(tmp_path, code, told)
+        await worker.start()
+        await until(lambda: b"up" in (tmp_path / "worker.output").read_bytes())
+        pid = worker.pid
+        began_s = asyncio.get_running_loop().time()
+        await worker.stop(1.0)
+        assert asyncio.get_running_loop().time() - began_s < 5.0
+        assert pid is not None
+        assert not psutil.pid_exists(pid)
+        await worker.stop(1.0)
+
+    run(work)
+    assert told == []
+
+
+def test_a_child_leads_a_session_of_its_own(tmp_path: Path) -> None:
+    """Ctrl-C in a terminal goes to a whole process group; only the supervisor may act on it."""
+
+    async def work() -> None:
+        worker = child(tmp_path, OBEDIENT, [])
+        await worker.start()
+        assert worker.pid is not None
+        await until(lambda: os.getsid(worker.pid or 0) == worker.pid)
+        await worker.stop(2.0)
+
+    run(work)
