@@ -30,7 +30,9 @@ memory_bytes = "1GiB"
 QUESTION = "Name three colours and say why you like them."
 ANSWER_TOKENS = 32
 CONTEXT = 8192
-KEYS = {name: new_key() for name in ("neighbour", "rude")}
+KEYS = {name: new_key() for name in ("neighbour", "rude", "newcomer")}
+ROOMY_TOKENS = 4000
+"""More than half of what the device can hold at a time."""
 GROWTH_MAX_BYTES = 128 << 20
 SLOW_CLIENTS = 60
 HUNG_UP_CLIENTS = 16
@@ -107,7 +109,16 @@ def test_bad_requests_are_named(fleet: LocalService, undisturbed: None) -> None:
         assert (ids.status_code, ids.json()["error"]["param"]) == (400, "prompt")
 
 
-@pytest.mark.parametrize("key", ["", "Bearer", "Bearer sk-wrong", f"Bearer {KEYS['rude'][1]}", f"Basic {KEYS['rude'][0]}"])
+WRONG_KEYS = {
+    "none": "",
+    "empty": "Bearer",
+    "made up": "Bearer sk-wrong",
+    "its hash": f"Bearer {KEYS['rude'][1]}",
+    "another scheme": f"Basic {KEYS['rude'][0]}",
+}
+
+
+@pytest.mark.parametrize("key", WRONG_KEYS.values(), ids=WRONG_KEYS)
 def test_a_wrong_key_is_refused(fleet: LocalService, undisturbed: None, key: str) -> None:
     """The hash of a key in the configuration file is not a key."""
     headers = {"authorization": key} if key else {}
@@ -170,3 +181,12 @@ def test_clients_that_hang_up_free_their_room(fleet: LocalService, undisturbed: 
     with ThreadPoolExecutor(HUNG_UP_CLIENTS) as pool:
         list(pool.map(hang_up, range(HUNG_UP_CLIENTS)))
     fleet.wait_for(at_rest, 30.0, "the room of clients that hung up")
+
+
+def test_a_kept_conversation_makes_room_for_a_newcomers(fleet: LocalService, undisturbed: None) -> None:
+    """A client reserves most of the room, says one sentence, and its cache is kept; another needs as much."""
+    for name in ("rude", "newcomer", "rude"):
+        question = f"I am {name}. Who are you?"
+        answer = ask(fleet.api_url, question, ROOMY_TOKENS, KEYS[name][0], stop=["."])
+        assert answer.error is None
+        assert answer.pieces

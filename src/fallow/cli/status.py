@@ -113,7 +113,7 @@ def _devices(fleet: FleetStatus, models: Mapping[Digest, str]) -> RenderableType
         return Text("No device has joined yet. `fallow up` printed the command with which one does.")
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in ("device", "holds", "memory", "KV free", "sessions", "rows/s", "heard"):
-        table.add_column(column, justify="left" if column in ("device", "holds") else "right")
+        table.add_column(column, justify="left" if column in ("device", "holds") else "right", overflow="fold")
     for beat in sorted(fleet.nodes, key=lambda each: each.name):
         silent_s = fleet.silent_s.get(beat.node, 0.0)
         table.add_row(

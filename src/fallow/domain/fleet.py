@@ -133,6 +133,8 @@ class RouteReply(msgspec.Struct, frozen=True, kw_only=True):
 
     hops: tuple[Hop, ...] = ()
     error: str | None = None
+    code: str | None = None
+    """With an error, the code of a `FallowError`: `kv_exhausted` when more room is all that a chain lacks."""
 
 
 # --- the catalogue ------------------------------------------------------------------------------

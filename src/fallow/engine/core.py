@@ -23,100 +23,19 @@ from fallow.domain.frames import MAX_FRAME_BYTES, MAX_ROWS_PER_FRAME, Phase
 from fallow.domain.ids import Digest, SessionId
 from fallow.domain.model import Manifest, Span, StageSpec
 from fallow.engine.contract import PREFILL_CHUNK_ROWS, Loaded, Step, Stepped
-from fallow.engine.head import log_probabilities, top_log_probabilities
 from fallow.engine.hosted import DecodeRow, HostedModel
 from fallow.engine.kv import KvBudget, trim_heap
 from fallow.engine.piece import HEAD_ROWS_MAX
 from fallow.engine.replay_check import replay_works
+from fallow.engine.runs import Rewind, Run, Session
 from fallow.engine.settings import EngineSettings
-from fallow.policy.batching import Turn, chunk_rows, next_turn
+from fallow.policy.batching import Turn, chunk_rows, decode_limit, next_turn
 
 Array = NDArray[Any]
 REPLAY_CHUNK_ROWS = 64
 """Rows of a rebuilt cache in one turn; mapping and unmapping it costs 5 % at that size."""
 Outcome = tuple[int, Stepped | FallowError | None]
 """A ticket and what became of it; `None` for a rewind that was done."""
-
-
-class _Run:
-    """A step on its way: rows done so far, and what has come out."""
-
-    __slots__ = ("compute_s", "done", "faulty", "hidden", "ids", "log_probabilities", "rows", "step", "ticket")
-
-    def __init__(self, ticket: int, step: Step) -> None:
-        self.ticket = ticket
-        self.step = step
-        self.rows: Array | None = None
-        self.done = 0
-        self.compute_s = 0.0
-        self.faulty = False
-        self.hidden: list[bytes] = []
-        self.ids: list[bytes] = []
-        self.log_probabilities: list[bytes] = []
-
-    def next_row(self) -> Array:
-        assert self.rows is not None
-        row: Array = self.rows[self.done]
-        return row
-
-    def add_logits(self, logits: NDArray[np.float32]) -> None:
-        """Keep one row's log-probabilities. Raises `NumericFault`."""
-        if self.step.top_k is None:
-            self.log_probabilities.append(log_probabilities(logits).tobytes())
-            return
-        ids, values = top_log_probabilities(logits, min(self.step.top_k, len(logits)))
-        self.ids.append(ids.tobytes())
-        self.log_probabilities.append(values.tobytes())
-
-    def result(self, vocab_size: int, has_head: bool) -> Stepped:
-        if not has_head:
-            return Stepped(payload=b"".join(self.hidden), logit_count=0, k=None, compute_s=self.compute_s)
-        top_k = self.step.top_k
-        return Stepped(
-            payload=b"".join(self.ids + self.log_probabilities),
-            logit_count=len(self.log_probabilities),
-            k=None if top_k is None else min(top_k, vocab_size),
-            compute_s=self.compute_s,
-        )
-
-
-class _Rewind:
-    """A rewind that waits for the steps before it."""
-
-    __slots__ = ("position", "ticket")
-
-    def __init__(self, ticket: int, position: int) -> None:
-        self.ticket = ticket
-        self.position = position
-
-
-class _Session:
-    __slots__ = ("hosted", "id", "model", "queue", "reserved_tokens", "slot", "span")
-
-    def __init__(self, name: SessionId, model: Digest, hosted: HostedModel, span: Span, slot: int) -> None:
-        self.id = name
-        self.model = model
-        self.hosted = hosted
-        self.span = span
-        self.slot = slot
-        self.reserved_tokens = 0
-        self.queue: deque[_Run | _Rewind] = deque()
-
-    @property
-    def position(self) -> int:
-        return int(self.hosted.lengths[self.slot])
-
-    @position.setter
-    def position(self, position: int) -> None:
-        self.hosted.lengths[self.slot] = position
-
-    @property
-    def takes_tokens(self) -> bool:
-        return self.span.first == 0
-
-    @property
-    def has_head(self) -> bool:
-        return self.span.last == self.hosted.config.layer_count
 
 
 class EngineCore:
@@ -126,11 +45,12 @@ class EngineCore:
         self.settings = settings
         self.budget = KvBudget(settings.kv_budget_bytes)
         self._models: dict[Digest, HostedModel] = {}
-        self._sessions: dict[SessionId, _Session] = {}
-        self._decoding: dict[SessionId, _Session] = {}
-        self._prefilling: deque[_Session] = deque()
+        self._sessions: dict[SessionId, Session] = {}
+        self._decoding: dict[SessionId, Session] = {}
+        self._prefilling: deque[Session] = deque()
         self._previous = Turn.WAIT
         self._decoded_rows = 0
+        self._decode_calls = 0
         self._replays = replay_works()
         self._outcomes: list[Outcome] = []
 
@@ -174,7 +94,7 @@ class EngineCore:
             raise EngineError(f"span {span} is not hosted: of this model there is {there}")
         if name in self._sessions:
             raise EngineError(f"session {name} is already open")
-        session = _Session(name, model, hosted, span, hosted.take_slot())
+        session = Session(name, model, hosted, span, hosted.take_slot())
         try:
             self._grow(session, reserve_tokens)
         except EngineError:
@@ -189,7 +109,7 @@ class EngineCore:
     def rewind(self, ticket: int, name: SessionId, position: int) -> None:
         """Queue a rewind behind the session's steps. Raises `UnknownSession`."""
         session = self._session(name)
-        session.queue.append(_Rewind(ticket, position))
+        session.queue.append(Rewind(ticket, position))
         if len(session.queue) == 1:
             self._advance(session)
 
@@ -211,17 +131,17 @@ class EngineCore:
     def step(self, ticket: int, step: Step) -> None:
         """Queue a step. Raises `UnknownSession`."""
         session = self._session(step.session)
-        session.queue.append(_Run(ticket, step))
+        session.queue.append(Run(ticket, step))
         if len(session.queue) == 1:
             self._advance(session)
 
-    def _session(self, name: SessionId) -> _Session:
+    def _session(self, name: SessionId) -> Session:
         session = self._sessions.get(name)
         if session is None:
             raise UnknownSession(f"session {name} is not open on this engine")
         return session
 
-    def _grow(self, session: _Session, reserve_tokens: int) -> None:
+    def _grow(self, session: Session, reserve_tokens: int) -> None:
         hosted = session.hosted
         if reserve_tokens < 1:
             raise EngineError(f"a reservation is 1 token or more, not {reserve_tokens}")
@@ -234,12 +154,12 @@ class EngineCore:
 
     # --- queues ---------------------------------------------------------------------------------
 
-    def _advance(self, session: _Session) -> None:
+    def _advance(self, session: Session) -> None:
         """Bring the head of a session's queue on its way: do rewinds, refuse bad steps, line up the first good one."""
         while session.queue:
             head = session.queue[0]
             try:
-                if isinstance(head, _Rewind):
+                if isinstance(head, Rewind):
                     self._do_rewind(session, head)
                 else:
                     head.rows = self._check(session, head.step)
@@ -252,13 +172,13 @@ class EngineCore:
                 self._outcomes.append((head.ticket, error))
             session.queue.popleft()
 
-    def _do_rewind(self, session: _Session, rewind: _Rewind) -> None:
+    def _do_rewind(self, session: Session, rewind: Rewind) -> None:
         if not 0 <= rewind.position <= session.position:
             raise PositionMismatch(f"session {session.id} is at {session.position}, not past {rewind.position}")
         session.position = rewind.position
         self._outcomes.append((rewind.ticket, None))
 
-    def _check(self, session: _Session, step: Step) -> Array:
+    def _check(self, session: Session, step: Step) -> Array:
         """Refuse a step that does not fit its session, or give its input rows `[count, H]`."""
         if not 0 < step.count <= MAX_ROWS_PER_FRAME:
             raise EngineError(f"a step has 1 to {MAX_ROWS_PER_FRAME} rows, not {step.count}")
@@ -311,15 +231,33 @@ class EngineCore:
 
     def _decode(self) -> None:
         """The next row of every session that has a decode step, model by model."""
-        sessions = list(self._decoding.values())
+        self._decode_calls += 1
         for hosted in self._models.values():
-            mine = [session for session in sessions if session.hosted is hosted]
-            if mine:
-                self._decode_model(hosted, mine)
+            ready = [session for session in self._decoding.values() if session.hosted is hosted]
+            if ready:
+                self._decode_model(hosted, ready[: self._decode_limit(ready)])
 
-    def _decode_model(self, hosted: HostedModel, sessions: list[_Session]) -> None:
+    def _decode_limit(self, ready: list[Session]) -> int:
+        """How many of the sessions that are ready, all of one model, go into one call."""
+        groups = min(session.groups for session in ready)
+        since = self._decode_calls - 2 * groups
+        hosted = ready[0].hosted
+        recent = sum(s.hosted is hosted and s.decode_call > max(since, 0) for s in self._sessions.values())
+        return decode_limit(max(recent, len(ready)), groups)
+
+    @property
+    def expects_rows(self) -> bool:
+        """Whether the next decode call would go without rows that are probably on their way: of the sessions that the
+        previous stage computed together, one after the other arrives."""
+        ready = list(self._decoding.values())
+        return bool(ready) and not self._prefilling and len(ready) < self._decode_limit(ready)
+
+    def _decode_model(self, hosted: HostedModel, sessions: list[Session]) -> None:
         started_s = time.perf_counter()
         runs = [_current(session) for session in sessions]
+        for session in sessions:
+            session.decode_call = self._decode_calls
+            self._decoding[session.id] = self._decoding.pop(session.id)  # whoever is not done goes to the end
         rows = [
             DecodeRow(session.slot, session.span, run.next_row()) for session, run in zip(sessions, runs, strict=True)
         ]
@@ -351,7 +289,7 @@ class EngineCore:
         if session.queue and session.queue[0] is run:
             self._prefilling.append(session)
 
-    def _account(self, session: _Session, run: _Run, elapsed_s: float, leaving: Array | None) -> None:
+    def _account(self, session: Session, run: Run, elapsed_s: float, leaving: Array | None) -> None:
         """Move a run on by the rows that were computed, and end it when it is done or at fault."""
         run.compute_s += elapsed_s
         if leaving is None or run.faulty:
@@ -365,22 +303,21 @@ class EngineCore:
         if run.done == run.step.count:
             self._end(session, run, run.result(session.hosted.config.vocab_size, session.has_head))
 
-    def _end(self, session: _Session, run: _Run, result: Stepped | FallowError) -> None:
+    def _end(self, session: Session, run: Run, result: Stepped | FallowError) -> None:
         self._outcomes.append((run.ticket, result))
         self._decoding.pop(session.id, None)
         session.queue.popleft()
         self._advance(session)
 
 
-def _current(session: _Session) -> _Run:
+def _current(session: Session) -> Run:
     run = session.queue[0]
-    assert isinstance(run, _Run)
+    assert isinstance(run, Run)
     return run
 
 
-def _add_logits(hosted: HostedModel, wanted: list[tuple[_Run, Array]]) -> None:
+def _add_logits(hosted: HostedModel, wanted: list[tuple[Run, Array]]) -> None:
     """Log-probabilities of these final rows `[H]`, added to their runs; not finite ones make their run faulty."""
-    assert hosted.head is not None or not wanted
     for start in range(0, len(wanted), HEAD_ROWS_MAX):
         part = wanted[start : start + HEAD_ROWS_MAX]
         assert hosted.head is not None

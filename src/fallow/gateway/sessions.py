@@ -73,6 +73,8 @@ class BusRouter:
         answer = await self._bus.request(self._subjects.route, msgspec.json.encode(request), ROUTE_TIMEOUT_S)
         reply = msgspec.json.decode(answer, type=RouteReply)
         if not reply.hops:
+            if reply.error is not None and reply.code == KvExhausted.code:
+                raise KvExhausted(reply.error)
             raise NoRoute(reply.error or "No devices that are here can serve this model.")
         return reply.hops
 
@@ -206,14 +208,17 @@ class FleetTokenSource:
     async def _establish(self, chain: Chain) -> None:
         self._live[chain.session] = chain
         try:
+            freed = False
             for attempt in range(1, OPEN_ATTEMPTS_MAX + 1):
                 try:
                     await chain.establish()
                     return
                 except KvExhausted:
-                    if not self._free_oldest_kept() and attempt >= OPEN_ATTEMPTS_MAX // 2:
+                    freed = self._free_oldest_kept() or freed
+                    if attempt == OPEN_ATTEMPTS_MAX or (not freed and attempt >= OPEN_ATTEMPTS_MAX // 2):
                         raise
-                    await self._clock.sleep(OPEN_RETRY_S)
+                    # The coordinator hears of the new room with the next heartbeat.
+                    await self._clock.sleep(OPEN_RETRY_S * attempt)
                 except (NoRoute, StageRefused, BusTimeout, BusUnavailable) as error:
                     if attempt == OPEN_ATTEMPTS_MAX:
                         raise NoRoute(f"No chain of devices could be opened: {error.message}") from error

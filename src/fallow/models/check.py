@@ -148,6 +148,6 @@ def _shape(config: msgspec.Struct) -> tuple[object, ...]:
 
 
 def _log_softmax(logits: Floats) -> Floats:
-    shifted = logits - logits.max(-1, keepdims=True)
+    shifted: Floats = logits - logits.max(-1, keepdims=True)
     shifted -= np.log(np.exp(shifted).sum(-1, keepdims=True))
     return shifted

@@ -42,6 +42,20 @@ def next_turn(previous: Turn, decode_ready: int, prefill_ready: int) -> Turn:
     return Turn.PREFILL if prefill_ready else Turn.WAIT
 
 
+def decode_groups(share: float) -> int:
+    """Into how many groups a stage with this `share` of a model's layers takes the sessions that decode.
+
+    While one group is here, the others are at the other stages: with all of them in one call, every other device of
+    the chain would wait for this one. A whole model, or most of one, gains nothing from smaller calls.
+    """
+    return max(1, round(1 / share))
+
+
+def decode_limit(active: int, groups: int) -> int:
+    """How many of `active` decoding sessions one call takes."""
+    return max(1, -(-active // groups))
+
+
 def decode_windows(slots: Sequence[int], rows_max: int) -> tuple[Window, ...]:
     """The cheapest windows of at most `rows_max` rows that cover `slots` (ascending, each once).
 

@@ -23,12 +23,14 @@ from collections.abc import Iterable, Sequence
 
 import msgspec
 
+from fallow.domain.errors import KvExhausted, NoRoute
 from fallow.domain.fleet import Hop, RouteReply, RouteRequest, Speed
 from fallow.domain.frames import PeerAddress
 from fallow.domain.ids import NodeId
 from fallow.domain.model import Span, StageSpec
 
 RTT_MAX_S = 60.0
+KV_ENDLESS_BYTES = 1 << 62
 
 
 class RoutingRules(msgspec.Struct, frozen=True, kw_only=True):
@@ -114,7 +116,12 @@ def route(
         if repaired is not None:
             return RouteReply(hops=repaired)
     hops = _search(request, shape, usable, (), rules)
-    return RouteReply(hops=hops) if hops is not None else RouteReply(error=_why_not(request, shape, usable))
+    if hops is not None:
+        return RouteReply(hops=hops)
+    endless = [msgspec.structs.replace(carrier, kv_free_bytes=KV_ENDLESS_BYTES) for carrier in usable]
+    only_full = _search(request, shape, endless, (), rules) is not None
+    code = KvExhausted.code if only_full else NoRoute.code
+    return RouteReply(error=_why_not(request, shape, usable), code=code)
 
 
 def _consistent(request: RouteRequest, shape: ModelShape) -> bool:
