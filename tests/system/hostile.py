@@ -37,7 +37,6 @@ from fallow.domain.frames import (
     StageState,
 )
 from fallow.domain.ids import Digest, NodeId, SessionId
-from fallow.domain.model import Span
 from fallow.fabric.contract import PushLink
 from fallow.fabric.iroh_link import IrohEndpoint
 from fallow.fabric.local_link import LocalEndpoint

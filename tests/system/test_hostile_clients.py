@@ -15,12 +15,12 @@ from urllib.parse import urlsplit
 
 import httpx
 import pytest
-from tests.system.harness import MODEL, Answer, ask, service
-from tests.system.hostile import Neighbour, resident_bytes
 
 from fallow.gateway.keys import new_key
 from fallow.gateway.server import ServerLimits
 from fallow.processes.local_service import LocalService
+from tests.system.harness import MODEL, Answer, ask, service
+from tests.system.hostile import Neighbour, resident_bytes
 
 ONE_DEVICE = """
 local_nodes = 1

@@ -14,8 +14,6 @@ from pathlib import Path
 import httpx
 import msgspec
 import pytest
-from tests.system.harness import MODEL, Answer, ask, service
-from tests.system.hostile import Neighbour
 
 from fallow.domain.fleet import StageStatus
 from fallow.domain.ids import Digest, ModelName, NodeId
@@ -24,6 +22,8 @@ from fallow.models.importer import import_model
 from fallow.models.manifest import manifest_digest
 from fallow.models.store import Store
 from fallow.processes.local_service import LocalService
+from tests.system.harness import MODEL, Answer, ask, service
+from tests.system.hostile import Neighbour
 
 SMALL = Path(__file__).parents[1] / "fixtures" / "families" / "llama"
 QUESTION = "Name three colours and say why you like them."
@@ -79,9 +79,7 @@ def with_first_layer(change: Callable[[bytes], bytes]) -> Lie:
 
 
 def with_shape(**changes: int) -> Lie:
-    return lambda _, honest: msgspec.structs.replace(
-        honest, config=msgspec.structs.replace(honest.config, **changes)
-    )
+    return lambda _, honest: msgspec.structs.replace(honest, config=msgspec.structs.replace(honest.config, **changes))
 
 
 def header_of(content: bytes) -> tuple[dict[str, dict[str, object]], bytes]:
@@ -172,7 +170,7 @@ LIES: dict[str, tuple[Lie, tuple[str, ...]]] = {
 def refusals(fleet: LocalService, calm: Answer) -> dict[str, str]:
     """All lies at once, and what the device said about each."""
     store = Store(fleet.state_dir / "models")
-    honest = import_model(SMALL, store, name="honest").manifest
+    honest = import_model(SMALL, store, name=ModelName("honest")).manifest
     names: dict[Digest, str] = {}
     for name, (lie, _) in LIES.items():
         manifest = msgspec.structs.replace(lie(store, honest), name=ModelName(name))
@@ -199,14 +197,14 @@ def test_a_model_that_lies_is_refused_by_name(refusals: dict[str, str], name: st
         assert expected in refusals[name]
 
 
-def test_bytes_that_are_not_what_was_promised_name_their_sender(
-    fleet: LocalService, refusals: dict[str, str]
-) -> None:
+def test_bytes_that_are_not_what_was_promised_name_their_sender(fleet: LocalService, refusals: dict[str, str]) -> None:
     sender = _gateway(fleet)
     assert sender[:8] in refusals["bit-flipped-on-disk"]
 
 
-def test_an_honest_model_beside_them_is_served(fleet: LocalService, refusals: dict[str, str], undisturbed: None) -> None:
+def test_an_honest_model_beside_them_is_served(
+    fleet: LocalService, refusals: dict[str, str], undisturbed: None
+) -> None:
     """And asking for a model that is refused is a named error."""
     small = {"model": "honest", "prompt": [1, 2, 3], "max_tokens": 4, "temperature": 0}
     with httpx.Client(base_url=fleet.api_url, timeout=30.0, trust_env=False) as client:

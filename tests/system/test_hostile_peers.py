@@ -17,24 +17,6 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import pytest
-from tests.system.harness import Answer, ask, service
-from tests.system.hostile import (
-    HELLO,
-    PREFIX,
-    TRANSPORTS,
-    Neighbour,
-    Targets,
-    Tenant,
-    dialled,
-    farewell,
-    find_targets,
-    frame_bytes,
-    new_session,
-    put,
-    resident_bytes,
-    rows,
-    tenant,
-)
 
 from fallow.domain.errors import LinkClosed
 from fallow.domain.frames import (
@@ -62,6 +44,24 @@ from fallow.fabric.peers import MAX_LINKS_PER_PEER
 from fallow.gateway.keys import new_key
 from fallow.node.stage_session import UNUSED_MAX_S
 from fallow.processes.local_service import LocalService
+from tests.system.harness import Answer, ask, service
+from tests.system.hostile import (
+    HELLO,
+    PREFIX,
+    TRANSPORTS,
+    Neighbour,
+    Targets,
+    Tenant,
+    dialled,
+    farewell,
+    find_targets,
+    frame_bytes,
+    new_session,
+    put,
+    resident_bytes,
+    rows,
+    tenant,
+)
 
 TWO_HALVES = """
 local_nodes = 2
@@ -209,7 +209,9 @@ def test_torn_and_mutated_frames(
     address = victim_of(targets, victim)
     chance = random.Random(RANDOM_SEED)
     good = [
-        encode(Frame(OpenStage(session=new_session(), epoch=1, model=targets.model, span=Span(0, 5), reserve_tokens=1))),
+        encode(
+            Frame(OpenStage(session=new_session(), epoch=1, model=targets.model, span=Span(0, 5), reserve_tokens=1))
+        ),
         encode(Frame(rows(new_session(), 0, 4), b"\1\0\0\0" * 4)),
         encode(Frame(FetchChunk(digest=targets.model, index=0))),
         encode(Frame(Result(session=new_session(), epoch=1, position=0, count=1, logit_count=1, k=1), b"\0" * 8)),
@@ -420,37 +422,34 @@ def test_rows_that_do_not_fit_are_a_named_fault(targets: Targets, undisturbed: N
     not_a_number = np.full(targets.hidden_size, np.nan, np.float16).tobytes()
     infinite = np.full(targets.hidden_size, np.inf, np.float16).tobytes()
     first = [
-        ("a gap", rows, (5, 1), token, "position_mismatch"),
-        ("too few bytes", rows, (0, 4), token, "engine_failed"),
-        ("too many bytes", rows, (0, 1), token * 4, "engine_failed"),
-        ("bytes that no row has", rows, (0, 2), token + b"x", "engine_failed"),
-        ("no bytes", rows, (0, 1), b"", "engine_failed"),
-        ("a negative token", rows, (0, 1), b"\xff" * 4, "engine_failed"),
-        ("a token beyond the vocabulary", rows, (0, 1), np.int32(targets.vocab_size).tobytes(), "engine_failed"),
-        ("more than was reserved", rows, (0, 65), token * 65, "position_mismatch"),
+        ("a gap", (5, 1), token, "position_mismatch"),
+        ("too few bytes", (0, 4), token, "engine_failed"),
+        ("too many bytes", (0, 1), token * 4, "engine_failed"),
+        ("bytes that no row has", (0, 2), token + b"x", "engine_failed"),
+        ("no bytes", (0, 1), b"", "engine_failed"),
+        ("a negative token", (0, 1), b"\xff" * 4, "engine_failed"),
+        ("a token beyond the vocabulary", (0, 1), np.int32(targets.vocab_size).tobytes(), "engine_failed"),
+        ("more than was reserved", (0, 65), token * 65, "position_mismatch"),
     ]
     last = [
-        ("NaN", rows, (0, 1), not_a_number, "numeric_fault"),
-        ("infinity", rows, (0, 1), infinite, "numeric_fault"),
-        ("tokens where rows belong", rows, (0, 1), token, "engine_failed"),
-        ("half a row", rows, (0, 1), b"\0" * (wide // 2), "engine_failed"),
-        ("a gap", rows, (7, 1), b"\0" * wide, "position_mismatch"),
+        ("NaN", (0, 1), not_a_number, "numeric_fault"),
+        ("infinity", (0, 1), infinite, "numeric_fault"),
+        ("tokens where rows belong", (0, 1), token, "engine_failed"),
+        ("half a row", (0, 1), b"\0" * (wide // 2), "engine_failed"),
+        ("a gap", (7, 1), b"\0" * wide, "position_mismatch"),
     ]
 
     async def scenario() -> None:
         async with tenant("local", sockets) as stranger:
             for hop, cases in ((targets.first, first), (targets.last, last)):
-                session, epoch = new_session(), 0
-                for name, make, place, payload, code in cases:
-                    epoch += 1
+                session = new_session()
+                for epoch, (name, place, payload, code) in enumerate(cases, start=1):
                     state = await stranger.open(hop, targets, session, epoch=epoch)
                     assert isinstance(state, StageState), name
                     assert state.position == 0, name
-                    flow = Flow(
-                        session=session, epoch=epoch, previous=None, next=None, forward_from=0, results_from=0
-                    )
+                    flow = Flow(session=session, epoch=epoch, previous=None, next=None, forward_from=0, results_from=0)
                     await stranger.say(hop.address, flow)
-                    await stranger.say(hop.address, make(session, *place, epoch), payload)
+                    await stranger.say(hop.address, rows(session, *place, epoch), payload)
                     answer = (await stranger.hear(Fault, Result, session=session)).header
                     assert isinstance(answer, Fault), name
                     assert answer.code == code, (name, answer)
@@ -481,7 +480,7 @@ def test_rows_out_of_order_or_twice_do_not_change_the_answer(
             await stranger.feed(targets, session, 0, PROMPT[:6])
             await stranger.feed(targets, session, 0, PROMPT[:4])  # known already
             await stranger.feed(targets, session, 2, PROMPT[2:])  # overlaps
-            tokens = []
+            tokens: list[int] = []
             while len(tokens) < 2:  # one for the six rows, one for the rest
                 tokens.append(await stranger.token(session))
             tokens = tokens[1:]

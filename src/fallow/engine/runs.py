@@ -71,6 +71,8 @@ class Rewind:
 
 
 class Session:
+    """A session in the engine: its slot, its reservation, and the steps and rewinds that wait."""
+
     __slots__ = ("decode_call", "hosted", "id", "model", "queue", "reserved_tokens", "slot", "span")
 
     def __init__(self, name: SessionId, model: Digest, hosted: HostedModel, span: Span, slot: int) -> None:

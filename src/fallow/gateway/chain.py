@@ -211,7 +211,11 @@ class Chain:
             if header.logit_count == 0:
                 self.in_trouble("a result without the logits that were asked for", self.hops[-1].address.node)
                 return
-            self._candidates = _last_candidates(header, payload)
+            candidates = _last_candidates(header, payload)
+            if candidates is None:
+                self.in_trouble("a result that cannot be read", self.hops[-1].address.node)
+                return
+            self._candidates = candidates
         self._received = end
         self._wake_up()
 
@@ -376,12 +380,20 @@ class Chain:
             self._wake = None
 
 
-def _last_candidates(header: Result, payload: bytes | bytearray | memoryview) -> Candidates:
-    """The last row's distribution of a `Result`."""
+def _last_candidates(header: Result, payload: bytes | bytearray | memoryview) -> Candidates | None:
+    """The last row's distribution of a `Result`; `None` for a payload that does not fit it, or is not numbers."""
     if header.k is None:
-        logprobs = np.frombuffer(payload, np.float32).reshape(header.logit_count, -1)[-1]
-        return Candidates(np.arange(len(logprobs), dtype=np.int32), logprobs, complete=True)
-    size = header.logit_count * header.k
-    ids = np.frombuffer(payload, np.int32, size).reshape(header.logit_count, header.k)[-1]
-    logprobs = np.frombuffer(payload, np.float32, size, offset=4 * size).reshape(header.logit_count, header.k)[-1]
-    return Candidates(ids, logprobs, complete=False)
+        row_bytes, left_over = divmod(len(payload), header.logit_count)
+        if left_over or row_bytes == 0 or row_bytes % 4:
+            return None
+        logprobs = np.frombuffer(payload, np.float32)[-row_bytes // 4 :]
+        ids = np.arange(len(logprobs), dtype=np.int32)
+    else:
+        size = header.logit_count * header.k
+        if len(payload) != 8 * size:
+            return None
+        ids = np.frombuffer(payload, np.int32, size)[-header.k :]
+        logprobs = np.frombuffer(payload, np.float32, size, offset=4 * size)[-header.k :]
+    if np.isnan(logprobs).any() or int(ids.min()) < 0:
+        return None
+    return Candidates(ids, logprobs, complete=header.k is None)

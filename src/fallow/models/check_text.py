@@ -1,51 +1,59 @@
-"""The text that `model check` measures with: written for it, in several registers, about 900 tokens. Never change it
-without measuring the bounds in `check.py` again."""
+"""The text that `model check` measures with: questions, and how the default model answers them in float32, greedily.
+
+Where a model answers it is mostly sure of itself, so that a token which flips here is one that an answer would show. On
+free prose, where it is not, an 8-bit import of the default model agrees with float32 at 97.1 % of positions (99.2 % with
+float32 activations: the kernels' 8-bit activations cost more than the weights do).
+"""
 
 TEXT = """\
-The mill had stood at the bend of the river for longer than anyone could remember. Its wheel turned slowly in the dry
-months and fast in spring, when the snow came down from the hills, and the miller used to say that he could tell the
-date by the sound of it. When the new road was built, most of the farmers took their grain to the town, where the
-machines were quicker and the price was a little better. The miller did not complain. He mended nets, kept bees, and
-ground flour for the few who still came, and on warm evenings the children of the village swam in the pond behind the
-weir while he sat on the wall and told them stories about the flood.
+Question: How does a heat pump work?
+Answer: A heat pump is a device that uses heat to cool or warm a building. It's a type of HVAC system that uses \
+a refrigerant to transfer heat from the outside environment to the inside environment. The process involves a \
+heat exchanger that absorbs heat from the building's exterior and transfers it to the indoor air through a \
+process called heat transfer.
 
-"Did the water really reach the roof?" asked the youngest of them.
-"It reached the weathercock," said the miller, "and the cock learned to swim."
-"That is not true!"
-"No," he said. "But the part about the roof is."
+The heat pump works by using a refrigerant to cool a heat exchanger, which is typically a heat exchanger with a \
+heat transfer surface. The heat transfer surface is designed to absorb heat from the refrigerant, which is then \
+used to cool the building's exterior. The heat transfer process is controlled by a thermostat, which regulates \
+the temperature of the heat exchanger to maintain a comfortable indoor temperature.
 
-A heat pump moves heat from a cold place to a warm one. It does so with a fluid that boils at a low temperature: the
-fluid evaporates outside, where it takes up heat from the air, is compressed, which makes it hotter, and condenses
-inside, where it gives that heat to the house. Because the heat is moved and not made, a good heat pump delivers three
-or four times as much energy as it uses. The colder it is outside, the smaller this factor becomes. For this reason the
-size of the radiators, the insulation of the walls and the temperature of the water all matter more than the machine.
+The heat pump uses a refrigerant to cool the heat exchanger, which is a critical component of the heat pump's \
+operation.
 
-To make a simple bread, mix 500 grams of flour with 10 grams of salt, 5 grams of dry yeast and 350 millilitres of warm
-water. Knead the dough for ten minutes, until it is smooth and springs back when you press it. Cover it and let it rest
-for one hour in a warm place. Shape it into a loaf, let it rest for another thirty minutes, and bake it for about forty
-minutes at 220 degrees. The bread is done when it sounds hollow if you knock on the bottom.
+Question: Write a short story about a miller who lives by a river.
+Answer: In the sleepy town of Ravensburg, nestled between the rolling hills of the countryside and the sparkling\
+ blue waters of the Baltic Sea, the town of Ravensburg was born. The miller, a kind-hearted and hardworking man \
+named Hans, had always dreamed of building a life beyond his humble mill. He was a skilled craftsman, with a \
+passion for craftsmanship and a love for the natural world.
 
-Question: A train leaves the station at 9:15 and travels at 80 kilometres per hour. How far has it gone at 11:45?
-Answer: From 9:15 to 11:45 it is two and a half hours. In two and a half hours at 80 kilometres per hour the train goes
-2.5 times 80, which is 200 kilometres.
+One day, a young and ambitious miller named Elfrida stumbled upon a hidden glen of gold. She had heard rumors of\
+ a legendary mill that could be built on the edge of the town, but she had never heard of it. Elfrida was \
+determined to find it. She spent years searching for the legendary mill, but she never found it.
 
-def count_words(text):
-    \"\"\"Return a dictionary with the number of times that each word occurs.\"\"\"
-    counts = {}
-    for word in text.lower().split():
-        counts[word] = counts.get(word, 0) + 1
-    return counts
+As she was walking home from the market,
 
+Question: How do I bake a simple bread?
+Answer: To bake a simple bread, you'll need a few ingredients and a few steps. First, you'll need flour, water, \
+yeast, and a few types of bread. You'll also need a dough, which can be made from flour, water, yeast, and a \
+pinch of salt.
 
-def most_common(text, n=3):
-    counts = count_words(text)
-    return sorted(counts, key=counts.get, reverse=True)[:n]
+The first step is to prepare the dough. You'll need to knead the dough until it becomes smooth and elastic. This\
+ is where you get to experiment with different types of dough and see what works best for your recipe.
 
-Dear Anna,
-Thank you for your letter of 4 March. I am glad to hear that the move went well and that the children like their new
-school. We have had rain for two weeks, and the garden is full of snails; your father counts them every morning and
-reports the number at breakfast. Yesterday it was sixty-one. Please tell us when you will visit, so that we can get the
-small room ready. There is a train at ten past eight that arrives here before noon, and I will meet you at the station.
-With love from all of us,
-Mother
+Once the dough is ready, you'll need to add the yeast to the mixture. The yeast is a type of fungus that's used \
+to make bread. You'll need to add a pinch of salt to the yeast, which is a type of fungus that's used to make \
+bread.
+
+The next step
+
+Question: Why is the sky blue?
+Answer: The sky blue is a result of the Earth's atmosphere scattering sunlight in a specific wavelength range, \
+specifically blue. This phenomenon occurs because of the way our eyes perceive light. When sunlight enters the \
+Earth's atmosphere, it encounters tiny molecules of gases, including nitrogen and oxygen, which absorb certain \
+wavelengths of light. These molecules scatter the light in all directions, but some of them, particularly the \
+blue end of the spectrum, are more easily scattered by particles than others. This is known as Rayleigh \
+scattering, which is a natural phenomenon that occurs when light encounters molecules of gases.
+
+The blue light is scattered in all directions, but the blue light is more efficiently scattered by the molecules\
+ of gases, resulting in the blue color of the sky.
 """

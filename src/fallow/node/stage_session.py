@@ -69,7 +69,7 @@ class RowBudget:
         self._by_gateway: Counter[NodeId] = Counter()
 
     def has_room(self, gateway: NodeId, size_bytes: int) -> bool:
-        by_gateway = self._by_gateway[gateway] if gateway in self._by_gateway else 0
+        by_gateway = self._by_gateway.get(gateway, 0)
         return self._all_bytes + size_bytes <= ALL_BYTES_MAX and by_gateway + size_bytes <= GATEWAY_BYTES_MAX
 
     def take(self, gateway: NodeId, size_bytes: int) -> None:

@@ -1,0 +1,43 @@
+"""What the last device of a chain may answer, and what is not believed."""
+
+import numpy as np
+import pytest
+
+from fallow.domain.frames import Result
+from fallow.domain.ids import SessionId
+from fallow.gateway.chain import _last_candidates
+
+
+def result(logit_count: int, k: int | None) -> Result:
+    return Result(session=SessionId("0" * 32), epoch=1, position=0, count=4, logit_count=logit_count, k=k)
+
+
+def payload(ids: list[int], logprobs: list[float]) -> bytes:
+    return np.asarray(ids, np.int32).tobytes() + np.asarray(logprobs, np.float32).tobytes()
+
+
+def test_the_last_row_is_taken() -> None:
+    candidates = _last_candidates(result(2, 2), payload([1, 2, 3, 4], [-1, -2, -3, -4]))
+    assert candidates is not None
+    assert (candidates.ids.tolist(), candidates.logprobs.tolist()) == ([3, 4], [-3.0, -4.0])
+    whole = _last_candidates(result(2, None), np.asarray([0, -1, -2, -3, -4, -5], np.float32).tobytes())
+    assert whole is not None
+    assert (whole.ids.tolist(), whole.logprobs.tolist()) == ([0, 1, 2], [-3.0, -4.0, -5.0])
+
+
+@pytest.mark.parametrize(
+    ("header", "content"),
+    [
+        (result(1, 2), payload([1], [-1.0])),
+        (result(1, 1), payload([1], [-1.0]) + b"x"),
+        (result(1, 1), b""),
+        (result(1, 1), payload([-1], [-1.0])),
+        (result(1, 1), payload([1], [float("nan")])),
+        (result(1, None), b""),
+        (result(2, None), b"\0" * 12),
+        (result(1, None), b"\0" * 7),
+        (result(1, None), np.asarray([0, float("nan")], np.float32).tobytes()),
+    ],
+)
+def test_what_does_not_fit_or_is_no_number_is_not_believed(header: Result, content: bytes) -> None:
+    assert _last_candidates(header, content) is None
