@@ -5,6 +5,7 @@ import re
 
 import httpx
 from openai import AsyncOpenAI
+
 from tests.unit.gateway.gateway_world import MODEL, World, run, saying, tokenizer, until, world
 
 ANSWER = "The fleet answers: Grüße, 日本 🦊!"

@@ -6,6 +6,12 @@ from typing import Any
 
 import httpx
 import pytest
+
+from fallow.domain.errors import EngineError, NoRoute
+from fallow.gateway.api import ApiLimits
+from fallow.gateway.keys import ApiKey, new_key
+from fallow.gateway.memory import Faults
+from fallow.policy.rate_limit import KeyLimits
 from tests.unit.gateway.gateway_world import (
     CHATML,
     CONTEXT,
@@ -18,12 +24,6 @@ from tests.unit.gateway.gateway_world import (
     until,
     world,
 )
-
-from fallow.domain.errors import EngineError, NoRoute
-from fallow.gateway.api import ApiLimits
-from fallow.gateway.keys import ApiKey, new_key
-from fallow.gateway.memory import Faults
-from fallow.policy.rate_limit import KeyLimits
 
 HELLO = [{"role": "user", "content": "Hello"}]
 CHAT = {"model": MODEL, "messages": HELLO}

@@ -6,10 +6,10 @@ import time
 
 import httpx
 import pytest
-from tests.unit.gateway.gateway_world import MODEL, app_of, run, saying, until, world
 
 from fallow.domain.errors import ConfigError
 from fallow.gateway.server import ServerLimits, serve
+from tests.unit.gateway.gateway_world import MODEL, app_of, run, saying, until, world
 
 CHAT = {"model": MODEL, "messages": [{"role": "user", "content": "Hello"}], "temperature": 0}
 

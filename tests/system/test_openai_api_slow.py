@@ -4,10 +4,10 @@ import asyncio
 import json
 
 import httpx
-from tests.unit.gateway.gateway_world import MODEL, World, run, saying, until, world
 
 from fallow.gateway.api import ApiLimits
 from fallow.gateway.server import ServerLimits
+from tests.unit.gateway.gateway_world import MODEL, World, run, saying, until, world
 
 CHAT = {"model": MODEL, "messages": [{"role": "user", "content": "Hello"}], "temperature": 0}
 FAST = ServerLimits(header_timeout_s=0.5, read_stall_s=0.3, shutdown_s=1, max_connections=8)

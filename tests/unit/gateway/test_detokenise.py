@@ -5,11 +5,11 @@ from functools import cache
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.unit.gateway.gateway_world import SPECIAL, VOCABULARY, tokenizer
 from tokenizers import AddedToken, Tokenizer, decoders, models
 
 from fallow.domain.errors import ModelError
 from fallow.gateway.detokenise import Detokeniser, TokenBytes
+from tests.unit.gateway.gateway_world import SPECIAL, VOCABULARY, tokenizer
 
 TOKENS = st.lists(st.integers(0, VOCABULARY - 1), max_size=60)
 

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.unit.gateway.gateway_world import VOCABULARY, manifest, run, tokenizer, tokenizer_json
 
 from fallow.domain.errors import EngineError, KvExhausted, NoRoute
 from fallow.gateway.generation import ChoiceSpec, Chunk, FinishReason, Tally, generate, generate_all
@@ -18,6 +17,7 @@ from fallow.gateway.sampling import SamplingParams
 from fallow.gateway.text import TextModel
 from fallow.models.manifest import manifest_digest
 from fallow.system_clock import SystemClock
+from tests.unit.gateway.gateway_world import VOCABULARY, manifest, run, tokenizer, tokenizer_json
 
 PROMPT = [5, 6, 7]
 MODEL = TextModel(manifest(), manifest_digest(manifest()), tokenizer_json(), datetime.now)

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.unit.gateway.gateway_world import CHATML
 
 from fallow.domain.errors import BadRequest, ModelError
 from fallow.gateway.templates import ChatTemplate
+from tests.unit.gateway.gateway_world import CHATML
 
 FIXTURES = Path(__file__).parents[2] / "fixtures" / "templates" / "cases.json"
 

@@ -5,11 +5,11 @@ from datetime import datetime
 
 import msgspec
 import pytest
-from tests.unit.gateway.gateway_world import CHATML, manifest, run, tokenizer, tokenizer_json
 
 from fallow.domain.errors import BlobUnavailable, UnknownModel
 from fallow.domain.model import Manifest
 from fallow.gateway.text import MAX_INLINE_CHARS, MAX_LOADED_MODELS, TextModels
+from tests.unit.gateway.gateway_world import CHATML, manifest, run, tokenizer, tokenizer_json
 
 
 class Shelf:
