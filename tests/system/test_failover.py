@@ -1,8 +1,9 @@
 """Any stage of a real chain dies or hangs, at any time, and the answer goes on, the same to the token.
 
 Six device processes, none of which may hold more than 0.4 of the model, every piece on two of them: chains have three
-stages or more, and each stage has a spare. Each case asks with a fresh API key, since kept caches belong to keys and a fresh run must prefill. Processes are
-really killed (kill -9) or stopped (SIGSTOP), agent and worker together, found by the chain that the gateway reports.
+stages or more, and each stage has a spare. Each case asks with a fresh API key, since kept caches belong to keys and a
+fresh run must prefill. Processes are really killed (kill -9) or stopped (SIGSTOP), agent and worker together, found by
+the chain that the gateway reports.
 """
 
 import os

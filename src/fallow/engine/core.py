@@ -271,6 +271,16 @@ class EngineCore:
         elapsed_s = time.perf_counter() - started_s
         for session, run, row in zip(sessions, runs, leaving, strict=True):
             self._account(session, run, elapsed_s, None if row is None else row[None])
+        self._compact(hosted, [row.slot for row in rows])
+
+    def _compact(self, hosted: HostedModel, slots: list[int]) -> None:
+        """Bring sessions that decode together into neighbouring slots, where that pays."""
+        swap = hosted.compact(slots)
+        if swap is not None:
+            moved = {swap.one: swap.other, swap.other: swap.one}
+            for session in self._sessions.values():
+                if session.hosted is hosted:
+                    session.slot = moved.get(session.slot, session.slot)
 
     def _prefill(self) -> None:
         """One chunk of a prompt, or of a cache that is rebuilt, of the session that has waited longest."""

@@ -26,7 +26,7 @@ from fallow.engine.piece import Head, Piece, PieceShape, Workspace
 from fallow.engine.replay import can_map
 from fallow.engine.settings import EngineSettings
 from fallow.engine.weights import Embedding, Files, kv_bytes_per_token, piece_weights
-from fallow.policy.batching import Window, decode_windows
+from fallow.policy.batching import Swap, Window, decode_windows, plan_swap, waste
 
 SPEED_BATCHES = (1, 4, 8)
 SPEED_POSITION = 128
@@ -72,6 +72,9 @@ class HostedModel:
         self._workspace = Workspace(self.config, manifest.quantisation, settings.slots_max)
         self._rows = np.zeros((settings.slots_max, self.config.hidden_size), self.wire)
         self._final = np.zeros((settings.slots_max, self.config.hidden_size), np.float32)
+        self._layers = 1
+        self._wasted = 0.0
+        """What decode calls have cost too much since the last swap, in calls of one row over all hosted layers."""
         self._piece_speed: dict[Span, tuple[float, ...]] = {}
 
     # --- what is hosted -------------------------------------------------------------------------
@@ -108,6 +111,7 @@ class HostedModel:
         """Host what was prepared; whatever is not part of it goes."""
         self.pieces, self.head, self.embedding = prepared.pieces, prepared.head, prepared.embedding
         hosted = set(self.stage_pieces)
+        self._layers = sum(span.layer_count for span in hosted)
         self._piece_speed = {span: times for span, times in self._piece_speed.items() if span in hosted}
 
     def pieces_of(self, span: Span) -> tuple[Piece, ...]:
@@ -152,6 +156,9 @@ class HostedModel:
     def give_slot(self, slot: int) -> None:
         self.lengths[slot] = 0
         self.slots.give(slot)
+        self._release(slot)
+
+    def _release(self, slot: int) -> None:
         for piece in self.pieces:
             piece.release(slot)
 
@@ -167,9 +174,31 @@ class HostedModel:
         for piece in self.pieces:
             slots = sorted(row.slot for row in rows if row.span.covers(piece.span))
             if slots:
-                for window in decode_windows(slots, len(self.lengths)):
+                windows = decode_windows(slots, len(self.lengths))
+                if len(windows) > 1 or windows[0].count > len(slots):
+                    self._wasted += waste(slots, windows) * piece.span.layer_count / self._layers
+                for window in windows:
                     self._decode_window(piece, window, slots)
         return [self._leaving(row) for row in rows]
+
+    def compact(self, slots: Sequence[int]) -> Swap | None:
+        """Move one of the sessions in `slots`, which decode together, next to the others, if that pays by now.
+
+        The caller has to exchange the slots of the sessions that were in them.
+        """
+        swap = plan_swap(sorted(slots), self.lengths.tolist(), self._wasted) if self._wasted else None
+        if swap is None:
+            return None
+        one, other = swap.one, swap.other
+        for piece in self.pieces:
+            piece.swap(one, int(self.lengths[one]), other, int(self.lengths[other]))
+        self.lengths[[one, other]] = self.lengths[[other, one]]
+        self.slots.exchange(one, other)
+        self._wasted = 0.0
+        for slot in (one, other):
+            if self.lengths[slot] == 0:
+                self._release(slot)
+        return swap
 
     def _decode_window(self, piece: Piece, window: Window, slots: Sequence[int]) -> None:
         first, count, space = window.first, window.count, self._workspace

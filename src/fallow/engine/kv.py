@@ -73,6 +73,12 @@ class Slots:
     def give(self, slot: int) -> None:
         heapq.heappush(self._free, slot)
 
+    def exchange(self, one: int, other: int) -> None:
+        """Two slots have swapped what they hold: if one of them was free, the other one is now."""
+        moved = {one: other, other: one}
+        self._free = [moved.get(slot, slot) for slot in self._free]
+        heapq.heapify(self._free)
+
 
 class LayerCache:
     """Keys and values of one layer, `[slots, kv_heads, max_len, head_dim]` float32 each."""

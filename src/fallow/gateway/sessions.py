@@ -39,6 +39,8 @@ from fallow.policy.prefix import common_prefix
 ROUTE_TIMEOUT_S = 2.0
 OPEN_ATTEMPTS_MAX = 6
 OPEN_RETRY_S = 0.25
+ROOM_HEARD_S = 1.2
+"""When the coordinator has heard of room that was made: devices report once a second."""
 KEPT_CHAINS_MAX = 64
 KEPT_CHAIN_AGE_S = 300.0
 REUSE_TOKENS_MIN = 16
@@ -208,16 +210,18 @@ class FleetTokenSource:
     async def _establish(self, chain: Chain) -> None:
         self._live[chain.session] = chain
         try:
-            freed = False
+            room_made_at_s: float | None = None
             for attempt in range(1, OPEN_ATTEMPTS_MAX + 1):
                 try:
                     await chain.establish()
                     return
                 except KvExhausted:
-                    freed = self._free_oldest_kept() or freed
-                    if attempt == OPEN_ATTEMPTS_MAX or (not freed and attempt >= OPEN_ATTEMPTS_MAX // 2):
+                    now_s = self._clock.monotonic_s()
+                    waits = room_made_at_s is not None and now_s - room_made_at_s < ROOM_HEARD_S
+                    if not waits and self._make_room(chain.reserve_tokens):
+                        room_made_at_s = now_s
+                    if attempt == OPEN_ATTEMPTS_MAX or (room_made_at_s is None and attempt >= OPEN_ATTEMPTS_MAX // 2):
                         raise
-                    # The coordinator hears of the new room with the next heartbeat.
                     await self._clock.sleep(OPEN_RETRY_S * attempt)
                 except (NoRoute, StageRefused, BusTimeout, BusUnavailable) as error:
                     if attempt == OPEN_ATTEMPTS_MAX:
@@ -243,11 +247,16 @@ class FleetTokenSource:
         while len(self._kept) > KEPT_CHAINS_MAX:
             self._free_oldest_kept()
 
-    def _free_oldest_kept(self) -> bool:
-        if not self._kept:
-            return False
+    def _make_room(self, tokens: int) -> bool:
+        """Let kept conversations go, oldest first, until they had reserved so much together. Whether any went."""
+        freed_tokens = 0
+        while freed_tokens < tokens and self._kept:
+            freed_tokens += self._kept[0].chain.reserve_tokens
+            self._free_oldest_kept()
+        return freed_tokens > 0
+
+    def _free_oldest_kept(self) -> None:
         self._kept.popleft().chain.close()
-        return True
 
     def _drop(self, chain: Chain) -> None:
         self._live.pop(chain.session, None)

@@ -20,7 +20,7 @@ from fallow.domain.model import Manifest, Quantisation, Span, StageSpec
 from fallow.engine.contract import Step, Stepped
 from fallow.engine.core import EngineCore
 from fallow.engine.settings import EngineSettings
-from fallow.models.check_text import TEXT
+from fallow.models.check_text import PROSE
 from fallow.models.importer import open_source
 from fallow.models.manifest import layer_files, manifest_digest
 from fallow.models.reference import ReferenceModel, SourceWeights
@@ -55,7 +55,7 @@ class CheckReport(msgspec.Struct, frozen=True, kw_only=True):
         return self.agreement >= AGREEMENT_MIN and abs(self.perplexity_change) <= PERPLEXITY_CHANGE_MAX
 
 
-def check_model(manifest: Manifest, store: Store, checkpoint: Path, text: str = TEXT) -> CheckReport:
+def check_model(manifest: Manifest, store: Store, checkpoint: Path, text: str = PROSE) -> CheckReport:
     """Compare a stored model with the GGUF file or Hugging Face folder that it came from.
 
     Raises `ModelError` when they are of different shapes, `BlobUnavailable` when files are not in the store.

@@ -1,11 +1,42 @@
-"""The text that `model check` measures with: questions, and how the default model answers them in float32, greedily.
+"""The texts that `model check` measures with; a model is judged by the first.
 
-Where a model answers it is mostly sure of itself, so that a token which flips here is one that an answer would show. On
-free prose, where it is not, an 8-bit import of the default model agrees with float32 at 97.1 % of positions (99.2 % with
-float32 activations: the kernels' 8-bit activations cost more than the weights do).
+`PROSE` was written for this, and no model has seen it: the stricter measure, since on free prose a model is unsure, and
+small differences change its first choice. `ANSWERS` are questions and how the default model itself answers them,
+greedily, in float32: there it is mostly sure, so that a choice which flips is one that an answer would show.
 """
 
-TEXT = """\
+PROSE = """\
+A field lies fallow when a farmer ploughs it and then leaves it unsown for a season. The soil rests, water \
+soaks in, and the plants that grow by themselves are turned under before they set seed. In the Middle Ages \
+most villages in northern Europe divided their land into three great fields. One was sown in autumn with wheat \
+or rye, one in spring with oats, barley or peas, and the third was left alone, so that every year a third of \
+the land gave nothing at all.
+
+Was that a waste? People argued about it for centuries. "Land that sleeps does not pay," said the landlords; \
+"land that never sleeps soon dies," said the peasants. In the end both were partly right. When farmers learned \
+to grow clover and turnips in the resting field, the clover fed the soil with nitrogen and the turnips fed the \
+cattle through the winter. Between 1750 and 1850 the yield of wheat in England rose from about 18 to 28 \
+bushels an acre.
+
+Computers rest far more than fields do. A laptop that is used for six hours a day is idle for the other \
+eighteen, and even while somebody types, the processor waits for most of the time. If n machines are each free \
+with probability p, then on average n * p of them can work, but the number changes from hour to hour. The \
+chance that none of three machines is free is (1 - p) ** 3; with p = 0.6 that is 0.4 * 0.4 * 0.4 = 0.064.
+
+def available(machines, hour):
+    # Machines whose owners are away at this hour.
+    free = []
+    for machine in machines:
+        if not machine.busy(hour) and machine.plugged_in:
+            free.append(machine)
+    return free
+
+The doctor closed the door quietly and sat down by the window. It had rained all morning, and the road to the \
+harbour was empty except for a boy with a red umbrella. She took the letter from her pocket, read it once more \
+from beginning to end, and put it away again. There was still time to answer, she thought, but not much.
+"""
+
+ANSWERS = """\
 Question: How does a heat pump work?
 Answer: A heat pump is a device that uses heat to cool or warm a building. It's a type of HVAC system that uses \
 a refrigerant to transfer heat from the outside environment to the inside environment. The process involves a \

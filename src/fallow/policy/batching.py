@@ -18,6 +18,10 @@ BUSY_CHUNK_ROWS = 32
 """Rows of a prefill chunk while others decode: they wait a quarter of the time, at 10 % of the prefill's speed."""
 
 
+SWAP_COST_PER_TOKEN = 0.003
+"""Moving one token's keys and values, all layers of it."""
+
+
 class Turn(Enum):
     """What a worker does next."""
 
@@ -33,6 +37,14 @@ class Window(msgspec.Struct, frozen=True):
 
     first: int
     count: int
+
+
+class Swap(msgspec.Struct, frozen=True):
+    """Exchange what two slots hold."""
+
+    one: int
+    other: int
+    cost: float
 
 
 def next_turn(previous: Turn, decode_ready: int, prefill_ready: int) -> Turn:
@@ -71,6 +83,33 @@ def decode_windows(slots: Sequence[int], rows_max: int) -> tuple[Window, ...]:
                 continue
         windows.append(Window(slot, 1))
     return tuple(windows)
+
+
+def waste(slots: Sequence[int], windows: Sequence[Window]) -> float:
+    """What a decode call of `slots` costs more than it would if they were neighbours."""
+    pads = sum(window.count for window in windows) - len(slots)
+    return pads * ROW_COST + (len(windows) - 1) * CALL_COST
+
+
+def plan_swap(slots: Sequence[int], lengths: Sequence[int], wasted: float) -> Swap | None:
+    """Bring one of `slots` (ascending; they decode together) closer to the others, once that pays.
+
+    `lengths`: tokens that every slot holds, 0 for a free one. `wasted`: what decode calls have cost too much since the
+    last swap. Whether the same sessions will go on together nobody knows; moving when as much has been lost as the
+    move costs is at worst twice as dear as knowing (the ski rental rule).
+    """
+    count = len(slots)
+    if count < 2 or slots[-1] - slots[0] == count - 1 or wasted <= 0.0:
+        return None
+    inside = set(slots)
+    starts = range(max(0, slots[0] - count + 1), min(slots[-1], len(lengths) - count) + 1)
+    start = max(starts, key=lambda first: sum(slot in inside for slot in range(first, first + count)))
+    holes = [slot for slot in range(start, start + count) if slot not in inside]
+    strays = [slot for slot in slots if not start <= slot < start + count]
+    one = min(strays, key=lambda slot: lengths[slot])
+    other = min(holes, key=lambda slot: lengths[slot])
+    cost = (lengths[one] + lengths[other]) * SWAP_COST_PER_TOKEN
+    return Swap(one, other, cost) if wasted >= cost else None
 
 
 def chunk_rows(remaining: int, decoding: int, rows_max: int) -> int:

@@ -223,3 +223,31 @@ def test_replay_and_row_by_row_give_the_same_bits(model, monkeypatch):
         [after] = driver.run(step_of(name, 110, TEXT[110:111], Phase.DECODE))
         answers.append((bytes(rebuilt.payload), bytes(after.payload)))
     assert answers[0] == answers[1]
+
+
+def test_sessions_that_decode_together_move_together_and_nothing_changes(model):
+    """Every third of nine sessions decodes. The others stay, one of them goes, and all can go on afterwards."""
+    driver, alone = Driver(model.hosted(Span(0, 1), Span(1, 4))), Driver(model.hosted(Span(0, 1), Span(1, 4)))
+    names = opened(driver, model, *map(name_of, range(9)), reserve_tokens=100)
+    for number, name in enumerate(names):
+        driver.run(step_of(name, 0, TEXT[: 4 + number]))
+    driver.core.free(names[1])
+    hosted = next(iter(driver.core._models.values()))
+    answers = {name: [] for name in names}
+    for offset in range(12):
+        steps = [step_of(names[n], 4 + n + offset, TEXT[offset : offset + 1], Phase.DECODE) for n in (0, 3, 6)]
+        for name, stepped in zip((names[0], names[3], names[6]), driver.run(*steps), strict=True):
+            answers[name].append(bytes(stepped.payload))
+    slots = sorted(driver.core._sessions[names[n]].slot for n in (0, 3, 6))
+    assert slots == list(range(slots[0], slots[0] + 3))
+    assert sorted(session.slot for session in driver.core._sessions.values()) != list(range(1, 9))
+    assert hosted.slots.take() not in [session.slot for session in driver.core._sessions.values()]
+    for number in (0, 2, 3, 6, 8):
+        opened(alone, model, names[number], reserve_tokens=100)
+        alone.run(step_of(names[number], 0, TEXT[: 4 + number]))
+        for offset, answer in enumerate(answers[names[number]]):
+            step = step_of(names[number], 4 + number + offset, TEXT[offset : offset + 1], Phase.DECODE)
+            assert bytes(alone.run(step)[0].payload) == answer
+        position = 4 + number + len(answers[names[number]])
+        last = step_of(names[number], position, [7], Phase.DECODE)
+        assert bytes(driver.run(last)[0].payload) == bytes(alone.run(last)[0].payload)

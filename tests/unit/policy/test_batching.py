@@ -7,11 +7,15 @@ from fallow.policy.batching import (
     CALL_COST,
     GAP_PADS_MAX,
     ROW_COST,
+    SWAP_COST_PER_TOKEN,
+    Swap,
     Turn,
     Window,
     chunk_rows,
     decode_windows,
     next_turn,
+    plan_swap,
+    waste,
 )
 
 SLOTS = st.sets(st.integers(0, 30), min_size=1, max_size=12).map(sorted)
@@ -76,3 +80,33 @@ def test_chunks_are_bounded_and_smaller_in_company(remaining, decoding, rows_max
     rows = chunk_rows(remaining, decoding, rows_max)
     assert 1 <= rows <= min(remaining, rows_max)
     assert rows <= chunk_rows(remaining, 0, rows_max)
+
+
+@given(SLOTS, st.lists(st.integers(0, 400), min_size=31, max_size=31))
+def test_swaps_end_with_neighbours_and_are_paid_for(slots, lengths):
+    """With enough waste behind it, one swap after the other brings the sessions together and no swap is in vain."""
+    slots, lengths, moves = list(slots), list(lengths), 0
+    while (swap := plan_swap(slots, lengths, 1e9)) is not None:
+        assert swap.one in slots
+        assert swap.other not in slots
+        assert swap.cost == (lengths[swap.one] + lengths[swap.other]) * SWAP_COST_PER_TOKEN
+        assert plan_swap(slots, lengths, swap.cost * 0.99) is None or swap.cost == 0.0
+        lengths[swap.one], lengths[swap.other] = lengths[swap.other], lengths[swap.one]
+        slots = sorted({*slots} - {swap.one} | {swap.other})
+        moves += 1
+        assert moves < len(slots)
+    assert slots == list(range(slots[0], slots[0] + len(slots)))
+    assert waste(slots, decode_windows(slots, 64)) == 0.0
+
+
+@given(SLOTS)
+def test_waste_is_what_neighbours_would_have_spared(slots):
+    windows = decode_windows(slots, 64)
+    assert abs(waste(slots, windows) - (cost(windows) - CALL_COST - ROW_COST * len(slots))) < 1e-9
+
+
+def test_no_swap_before_as_much_is_lost_as_it_costs():
+    assert plan_swap([0, 2], [100, 100, 100], 0.5) is None
+    assert plan_swap([0, 2], [100, 100, 100], 0.61) == Swap(2, 1, 0.6)
+    assert plan_swap([0, 1], [100, 100], 9.0) is None
+    assert plan_swap([5], [100] * 6, 9.0) is None
