@@ -37,6 +37,7 @@ from fallow.domain.frames import (
 )
 from fallow.domain.ids import Digest
 from fallow.domain.model import Span
+from fallow.engine.settings import EngineSettings
 from fallow.fabric.codec import encode
 from fallow.fabric.local_link import HANDSHAKE_TIMEOUT_S, MAX_HANDSHAKES, LocalEndpoint, socket_path
 from fallow.fabric.peers import HANDSHAKE_TIMEOUT_S as HELLO_TIMEOUT_S
@@ -536,6 +537,28 @@ def test_frames_that_are_for_others_are_ignored(targets: Targets, undisturbed: N
 
 
 # --- room ---------------------------------------------------------------------------------------
+
+
+def test_a_flood_of_openings_is_answered_one_by_one(targets: Targets, undisturbed: None, sockets: Path) -> None:
+    """5,000 sessions asked for in one breath: a few are opened, every other one is refused by name."""
+
+    async def scenario() -> tuple[int, int]:
+        async with tenant("local", sockets) as stranger:
+            sessions = [new_session() for _ in range(5_000)]
+            span = targets.first.span
+            for session in sessions:
+                opening = OpenStage(session=session, epoch=1, model=targets.model, span=span, reserve_tokens=1)
+                await stranger.say(targets.first.address, opening)
+            answers = [(await stranger.hear(StageState, Refused)).header for _ in sessions]
+            for session in sessions:
+                await stranger.say(targets.first.address, CloseSession(session=session))
+            refused = [header for header in answers if isinstance(header, Refused)]
+            assert all(header.code == "kv_exhausted" and header.message for header in refused)
+            return len(answers) - len(refused), len(refused)
+
+    opened, refused = asyncio.run(scenario())
+    assert 0 < opened <= EngineSettings().slots_max
+    assert refused >= 5_000 - EngineSettings().slots_max
 
 
 def test_room_that_a_stranger_takes_and_does_not_use_comes_back(

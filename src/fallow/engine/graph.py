@@ -4,7 +4,7 @@ Rules
 - Rows enter as `x [B, S, H]` in the wire type and leave as `y [B, S, H]`: in the wire type at an inner edge, float32
   after the last layer, where the head (a graph of its own, so that rows without logits never pay for it) takes over.
 - Attention is `com.microsoft.GroupQueryAttention`, which appends to the KV cache in place when `k3` and `k3_out` are
-  bound to the same memory, and whose cost follows the valid length (`docs/adr/0002-attention-kernel.md`). It computes
+  bound to the same memory, and whose cost follows the valid length (`docs/adr/0004-attention-kernel.md`). It computes
   B > 1 only with S = 1.
 - The residual stream is rounded to the wire type at every cut point, and is added and normalised there by the same
   nodes as at an edge, so that a cut never changes a bit.

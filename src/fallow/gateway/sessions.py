@@ -220,7 +220,7 @@ class FleetTokenSource:
                     waits = room_made_at_s is not None and now_s - room_made_at_s < ROOM_HEARD_S
                     if not waits and self._make_room(chain.reserve_tokens):
                         room_made_at_s = now_s
-                    if attempt == OPEN_ATTEMPTS_MAX or (room_made_at_s is None and attempt >= OPEN_ATTEMPTS_MAX // 2):
+                    if attempt == OPEN_ATTEMPTS_MAX:
                         raise
                     await self._clock.sleep(OPEN_RETRY_S * attempt)
                 except (NoRoute, StageRefused, BusTimeout, BusUnavailable) as error:

@@ -106,7 +106,8 @@ def test_waste_is_what_neighbours_would_have_spared(slots):
 
 
 def test_no_swap_before_as_much_is_lost_as_it_costs():
-    assert plan_swap([0, 2], [100, 100, 100], 0.5) is None
-    assert plan_swap([0, 2], [100, 100, 100], 0.61) == Swap(2, 1, 0.6)
+    cost_of_move = 200 * SWAP_COST_PER_TOKEN
+    assert plan_swap([0, 2], [100, 100, 100], cost_of_move * 0.99) is None
+    assert plan_swap([0, 2], [100, 100, 100], cost_of_move) == Swap(2, 1, cost_of_move)
     assert plan_swap([0, 1], [100, 100], 9.0) is None
     assert plan_swap([5], [100] * 6, 9.0) is None
