@@ -13,13 +13,17 @@ Contenders, all with the default model at 8 bits and one engine thread a device:
 Method: all services run throughout and idle between turns. A round runs every contender once, in an order drawn from a
 seed; a ratio is the median of the rounds' ratios, and above 1 means that the stack is faster than the bare engine.
 Decode speed is counted from the first token to the last, wall clock, so a busy machine blurs single rounds. Each API
-run has a key of its own, so that no kept cache helps. Results: a table, and JSON in `benchmarks/results/stack.json`.
+run has a key of its own, so that no kept cache helps. This process has the workers' environment.
+
+Results: a table, and JSON in `benchmarks/results/stack.json`.
 """
 
 import argparse
 import json
+import os
 import random
 import statistics
+import sys
 import tempfile
 import threading
 import time
@@ -34,6 +38,7 @@ from rich.table import Table
 from fallow.domain.frames import Phase
 from fallow.domain.ids import Digest, SessionId
 from fallow.domain.model import Manifest, Span, StageSpec
+from fallow.engine.client import HUGE_PAGES, worker_environment
 from fallow.engine.contract import Step, Stepped
 from fallow.engine.core import EngineCore
 from fallow.engine.settings import EngineSettings
@@ -179,6 +184,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=96)
     options = parser.parse_args()
+    if HUGE_PAGES not in os.environ.get("GLIBC_TUNABLES", ""):
+        os.execve(sys.executable, [sys.executable, *sys.argv], worker_environment())  # read when a process starts
     runs = (options.rounds + 1) * (2 + STREAMS)
     pairs = [new_key() for _ in range(2 * runs)]
     settings = "\n".join(
