@@ -53,6 +53,8 @@ RESULTS = Path(__file__).parent / "results" / "stack.json"
 PROMPT = "Write a long story about a lighthouse keeper, his dog and the sea."
 STREAMS = 8
 SEED = 1
+HALVES = "[placement]\nmax_share = 0.7\nreplicas = 1\n\n"
+"""Each of two devices holds one half of the model's work, and no spare pieces."""
 TARGETS = {"one node": ("bare", 0.95), "two nodes": ("bare", 0.85), "two nodes x8": ("bare x8", 1.5)}
 
 
@@ -200,7 +202,7 @@ def main() -> None:
         with (
             LocalService(root / "one", ["--nodes", "1", *common], store=root / "store", settings=settings) as one,
             LocalService(
-                root / "two", ["--nodes", "2", "--max-share", "0.7", *common], store=root / "store", settings=settings
+                root / "two", ["--nodes", "2", *common], store=root / "store", settings=HALVES + settings
             ) as two,
         ):
             for service, nodes in ((one, 1), (two, 2)):

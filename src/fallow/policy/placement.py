@@ -10,7 +10,7 @@ Rules
 - Every model is covered before any model gets second copies; within each, models go in the catalogue's order.
 - What is placed stays. A piece moves only when coverage or a missing copy requires it, a copy goes only when another
   model needs its room, and the grid changes only when that raises the number of holders of the thinnest piece.
-- A model of which not every piece finds a place gets nothing new, and the reason is told.
+- A model of which not every piece finds a place, or whose pieces make no chain, gets nothing new; the reason is told.
 
 How: pieces are handed out one at a time to the device that would be done soonest; where no device has room, the
 shortest chain of moves that makes room is looked for (augmenting paths, as in Kuhn's bipartite matching).
@@ -28,6 +28,7 @@ import msgspec
 from fallow.domain.ids import Digest, NodeId
 from fallow.domain.model import Span, StageSpec
 from fallow.policy.placement_board import Board, ModelNeed, NodeRoom, PlacementRules, grid_of
+from fallow.policy.placement_chains import makes_chain
 
 SETTLE_ROUNDS_MAX = 4
 """A placement is worked out from its own result until nothing changes, so that the next one changes nothing."""
@@ -140,7 +141,10 @@ def _try_grid(board: Board, model: ModelNeed, size: int, tried: _Tried) -> bool:
     trial = _trial(board, model, size, copies=range(1, board.rules.replicas + 1)) if possible else None
     if trial is None:
         return False
-    counts = [trial.holders(model, piece) for piece in grid_of(model, size)]
+    grid = grid_of(model, size)
+    if not trial.whole_holders(model) and not makes_chain(grid, {n.node: trial.pieces(n, model) for n in trial.nodes}):
+        return False
+    counts = [trial.holders(model, piece) for piece in grid]
     thinnest = min(*counts, board.rules.replicas)
     slowest = round(math.log(max(trial.slowest_s(model), 1e-9)) / math.log(SLOWEST_STEP))
     tried[size] = ((thinnest, round(sum(counts) / size, 2), -slowest, -size), trial)

@@ -6,11 +6,15 @@ import msgspec
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from fallow.domain.ids import Digest, NodeId
+from fallow.domain.fleet import RouteRequest
+from fallow.domain.frames import PeerAddress
+from fallow.domain.ids import Digest, NodeId, SessionId
 from fallow.domain.model import Span, StageSpec
 from fallow.policy.placement import Placement, place
 from fallow.policy.placement_board import ModelNeed, NodeRoom, PlacementRules, grid_of
+from fallow.policy.placement_chains import makes_chain
 from fallow.policy.placement_plan import Move, NodeNow, plan
+from fallow.policy.routing import Carrier, ModelShape, route
 
 
 def model(index: int = 0, layers: int = 6, layer_bytes: int = 100, embedding: int = 0, head: int = 0) -> ModelNeed:
@@ -258,3 +262,32 @@ def test_a_heavy_head_counts_as_the_layers_that_it_costs() -> None:
     placed = place([need], [node(i, 4000) for i in range(2)], PlacementRules(max_share=0.7, replicas=1))
     spans = sorted(stage.spans()[0] for stages in placed.stages.values() for stage in stages)
     assert spans == [Span(0, 18), Span(18, 30)]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    need=st.builds(model, layers=st.integers(2, 30), head=st.integers(0, 800)), count=st.integers(1, 4), data=st.data()
+)
+def test_what_is_placed_can_be_routed(need: ModelNeed, count: int, data: st.DataObject) -> None:
+    """Every layer held is not enough: a chain uses a device once."""
+    share = data.draw(st.sampled_from([1.0, 0.7, 0.6, 0.5, 0.4]))
+    weights = data.draw(st.lists(st.integers(200, 5000), min_size=count, max_size=count))
+    fleet = [node(i, room) for i, room in enumerate(weights)]
+    placed = place([need], fleet, PlacementRules(max_share=share, context_tokens=1))
+    if need.model in placed.unplaceable:
+        return
+    carriers = [
+        Carrier(address=PeerAddress(item, ()), stage=stages[0], kv_free_bytes=1 << 40)
+        for item, stages in placed.stages.items()
+        if stages
+    ]
+    request = RouteRequest(model=need.model, session=SessionId("0" * 32), reserve_tokens=1)
+    reply = route(request, ModelShape(layer_count=need.layer_count, kv_bytes_per_token_layer=1), carriers)
+    assert reply.hops, reply.error
+
+
+def test_two_devices_that_hold_every_other_piece_are_not_a_chain() -> None:
+    grid = [Span(0, 1), Span(1, 2), Span(2, 3)]
+    apart = {NodeId("a"): [grid[0], grid[2]], NodeId("b"): [grid[1]]}
+    assert not makes_chain(grid, apart)
+    assert makes_chain(grid, {**apart, NodeId("c"): [grid[2]]})
