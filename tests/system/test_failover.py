@@ -26,7 +26,9 @@ STALL_LIMIT_S = {signal.SIGKILL: 10.0, signal.SIGSTOP: 12.0}
 TELL = "Tell a long story about a lighthouse keeper and the sea."
 LONG = " ".join(f"Fact {number}: the ship number {number} carried {number * 7 % 97} barrels." for number in range(80))
 QUESTIONS = {"decode": (TELL, 60), "prefill": (f"{LONG} Now tell a story about these ships.", 16)}
-KEYS = {name: new_key() for name in ["calm-decode", "calm-prefill", *(f"case-{index}" for index in range(12))]}
+KEYS = {
+    name: new_key() for name in ["calm-decode", "calm-prefill", "case-leave", *(f"case-{index}" for index in range(12))]
+}
 CASES = [
     pytest.param(place, signal_number, phase, id=f"{place}-{signal_number.name}-{phase}")
     for place in ("first", "middle", "last")
@@ -130,3 +132,20 @@ def test_killing_the_coordinator_interrupts_no_answer(fleet: LocalService, calm:
     assert answer.text == calm["decode"].text
     _wait_until_whole(fleet)
     assert fleet.child_pid("coordinator") != killed[0]
+
+
+def test_a_device_that_leaves_politely_takes_no_answer_with_it(fleet: LocalService, calm: dict[str, Answer]) -> None:
+    """SIGTERM to an agent in the chain: it drains, and has the gateway move its session before it goes."""
+    _wait_until_whole(fleet)
+    told: list[int] = []
+
+    def leave_once(answer: Answer) -> None:
+        if not told and len(answer.pieces) == 25:
+            told.append(fleet.device_pids(_running_chain(fleet)[0])[0])
+            os.kill(told[0], signal.SIGTERM)
+
+    answer = ask(fleet.api_url, TELL, 60, KEYS["case-leave"][0], leave_once)
+    assert told
+    assert answer.error is None
+    assert answer.text == calm["decode"].text
+    assert answer.longest_gap_s < STALL_LIMIT_S[signal.SIGKILL]
