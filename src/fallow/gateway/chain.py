@@ -45,10 +45,13 @@ from fallow.domain.frames import (
 from fallow.domain.ids import Digest, NodeId, SessionId
 from fallow.fabric.peers import Peers
 from fallow.gateway.contract import Candidates
+from fallow.gateway.results import last_candidates
 from fallow.policy.recovery import Rewind, StagePosition, plan_recovery, valid_tokens, with_rewind
 
-CHUNK_ROWS = 128
-WINDOW_ROWS = 8 * CHUNK_ROWS
+CHUNK_ROWS = 64
+"""Rows a frame: large enough for the kernels, small enough that the stages of a chain work on a prompt, or on a cache
+that is rebuilt, side by side."""
+WINDOW_ROWS = 16 * CHUNK_ROWS
 OPEN_TIMEOUT_S = 3.0
 """How long a stage may take to answer `OpenStage`; it first finishes what it computes."""
 REPAIR_TIMEOUT_S = 30.0
@@ -211,7 +214,7 @@ class Chain:
             if header.logit_count == 0:
                 self.in_trouble("a result without the logits that were asked for", self.hops[-1].address.node)
                 return
-            candidates = _last_candidates(header, payload)
+            candidates = last_candidates(header, payload)
             if candidates is None:
                 self.in_trouble("a result that cannot be read", self.hops[-1].address.node)
                 return
@@ -378,22 +381,3 @@ class Chain:
                 await asyncio.wait((self._wake,), timeout=timeout_s)
         finally:
             self._wake = None
-
-
-def _last_candidates(header: Result, payload: bytes | bytearray | memoryview) -> Candidates | None:
-    """The last row's distribution of a `Result`; `None` for a payload that does not fit it, or is not numbers."""
-    if header.k is None:
-        row_bytes, left_over = divmod(len(payload), header.logit_count)
-        if left_over or row_bytes == 0 or row_bytes % 4:
-            return None
-        logprobs = np.frombuffer(payload, np.float32)[-row_bytes // 4 :]
-        ids = np.arange(len(logprobs), dtype=np.int32)
-    else:
-        size = header.logit_count * header.k
-        if len(payload) != 8 * size:
-            return None
-        ids = np.frombuffer(payload, np.int32, size)[-header.k :]
-        logprobs = np.frombuffer(payload, np.float32, size, offset=4 * size)[-header.k :]
-    if np.isnan(logprobs).any() or int(ids.min()) < 0:
-        return None
-    return Candidates(ids, logprobs, complete=header.k is None)

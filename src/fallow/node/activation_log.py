@@ -9,9 +9,12 @@ from collections.abc import Iterator
 
 import msgspec
 
-from fallow.domain.frames import MAX_ROWS_PER_FRAME, Phase
+from fallow.domain.frames import Phase
 
 Buffer = bytes | bytearray | memoryview
+
+REPLAY_ROWS_PER_FRAME = 64
+"""So that the stages that are rebuilt work side by side, not one after the other."""
 
 
 class LoggedRows(msgspec.Struct, frozen=True):
@@ -96,7 +99,7 @@ class ActivationLog:
         return freed
 
     def replay(self, position: int) -> Iterator[LoggedRows]:
-        """Rows from `position` on, joined into frames of one phase and at most `MAX_ROWS_PER_FRAME` rows.
+        """Rows from `position` on, joined into frames of one phase and at most `REPLAY_ROWS_PER_FRAME` rows.
 
         A decoded token is an entry of one row; sending them one by one would cost a frame and an engine call each.
         """
@@ -106,7 +109,7 @@ class ActivationLog:
             if entry.end <= position:
                 continue
             rows = entry.above(position)
-            full = joined_count + rows.count > MAX_ROWS_PER_FRAME
+            full = joined_count + rows.count > REPLAY_ROWS_PER_FRAME
             if joined and (full or joined[0].phase is not rows.phase):
                 yield _join(joined)
                 joined, joined_count = [], 0

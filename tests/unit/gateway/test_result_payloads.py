@@ -5,7 +5,7 @@ import pytest
 
 from fallow.domain.frames import Result
 from fallow.domain.ids import SessionId
-from fallow.gateway.chain import _last_candidates
+from fallow.gateway.results import last_candidates
 
 
 def result(logit_count: int, k: int | None) -> Result:
@@ -17,10 +17,10 @@ def payload(ids: list[int], logprobs: list[float]) -> bytes:
 
 
 def test_the_last_row_is_taken() -> None:
-    candidates = _last_candidates(result(2, 2), payload([1, 2, 3, 4], [-1, -2, -3, -4]))
+    candidates = last_candidates(result(2, 2), payload([1, 2, 3, 4], [-1, -2, -3, -4]))
     assert candidates is not None
     assert (candidates.ids.tolist(), candidates.logprobs.tolist()) == ([3, 4], [-3.0, -4.0])
-    whole = _last_candidates(result(2, None), np.asarray([0, -1, -2, -3, -4, -5], np.float32).tobytes())
+    whole = last_candidates(result(2, None), np.asarray([0, -1, -2, -3, -4, -5], np.float32).tobytes())
     assert whole is not None
     assert (whole.ids.tolist(), whole.logprobs.tolist()) == ([0, 1, 2], [-3.0, -4.0, -5.0])
 
@@ -40,4 +40,4 @@ def test_the_last_row_is_taken() -> None:
     ],
 )
 def test_what_does_not_fit_or_is_no_number_is_not_believed(header: Result, content: bytes) -> None:
-    assert _last_candidates(header, content) is None
+    assert last_candidates(header, content) is None

@@ -3,8 +3,8 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fallow.domain.frames import MAX_ROWS_PER_FRAME, Phase
-from fallow.node.activation_log import ActivationLog, LoggedRows
+from fallow.domain.frames import Phase
+from fallow.node.activation_log import REPLAY_ROWS_PER_FRAME, ActivationLog, LoggedRows
 
 ROW_BYTES = 4
 
@@ -46,7 +46,7 @@ def test_replay_gives_back_the_rows_that_are_held(steps: list[tuple[str, int, Ph
     assert log.size_bytes == len(held) * ROW_BYTES
     seen: dict[int, tuple[bytes, Phase]] = {}
     for frame in log.replay(replay_from):
-        assert 0 < frame.count <= max(MAX_ROWS_PER_FRAME, 300)
+        assert 0 < frame.count <= max(REPLAY_ROWS_PER_FRAME, 300)
         data = bytes(frame.payload)
         for index in range(frame.count):
             seen[frame.position + index] = (data[index * ROW_BYTES : (index + 1) * ROW_BYTES], frame.phase)
