@@ -72,7 +72,7 @@ def _running_chain(fleet: LocalService) -> list[str]:
         names = {beat.node: beat.name for beat in status.nodes}
         for gateway in status.gateways:
             for chain in gateway.chains:
-                if all(node in names for node in chain):
+                if chain and all(node in names for node in chain):
                     return [names[node] for node in chain]
         time.sleep(0.05)
     raise AssertionError("the gateway reported no running chain")
