@@ -4,7 +4,7 @@ Commands are imperative (`PlaceStage`), facts are past tense or states (`Heartbe
 activation ever travels here. Subjects are built by the functions at the end, and nowhere else.
 """
 
-from enum import StrEnum
+from enum import IntEnum, StrEnum
 
 import msgspec
 
@@ -28,6 +28,28 @@ class Speed(msgspec.Struct, frozen=True, kw_only=True):
     layer_s_1: float
     layer_s_4: float
     layer_s_8: float
+
+
+class Tier(IntEnum):
+    """How well a device has shown what it is; ordered. Enrolment decides it, never the device's own word."""
+
+    ANONYMOUS = 0
+    KEYED = 1
+    ATTESTED = 2
+
+
+OUTLOOK_HORIZONS_S = (600.0, 1800.0, 3600.0, 4 * 3600.0, 12 * 3600.0)
+"""How far ahead an `Outlook` looks."""
+
+
+class Outlook(msgspec.Struct, frozen=True, kw_only=True):
+    """How long a device expects to stay, from its own history, its power supply and its owner's word. The history
+    itself never leaves the device."""
+
+    survival: tuple[float, ...]
+    """The probability that it is still here after each of `OUTLOOK_HORIZONS_S`; falling."""
+    expected_s: float
+    """The mean time that it stays, counted up to the last horizon."""
 
 
 class HostedStage(msgspec.Struct, frozen=True, kw_only=True):
@@ -64,6 +86,13 @@ class Heartbeat(msgspec.Struct, frozen=True, kw_only=True):
     link_rtt_s: dict[NodeId, float] = {}
     draining: bool = False
     version: str = ""
+    region: str = ""
+    """Where its owner says that it is, for data residency; empty: not said."""
+    disk_free_bytes: int | None = None
+    """Room for more model files; `None`: not measured."""
+    cached: dict[Digest, tuple[Span, ...]] = {}
+    """Layers of models whose files are on its disk, whether it hosts them or not."""
+    outlook: Outlook | None = None
 
 
 class NodeGone(msgspec.Struct, frozen=True, kw_only=True):
