@@ -33,6 +33,7 @@ class Loaded(msgspec.Struct, frozen=True, kw_only=True):
     """A stage that is ready."""
 
     weights_bytes: int
+    """What the weights take in memory, which is more than their files do (`domain.model.held_bytes`)."""
     kv_bytes_per_token: int
     load_s: float
     speed: Speed
