@@ -2,27 +2,38 @@
 
 Everything raises `BusMessageError`, with what was expected and what came. A node can still lie about its speed within
 reason; such a lie costs it and its sessions, not the coordinator.
+
+Thousands of heartbeats are checked a second: what a check costs is comparing, and words are found only for what fails.
 """
 
-import math
 import re
-from typing import TypeVar
+from functools import lru_cache
+from typing import Any, TypeVar
 
 import msgspec
 
+from fallow.domain.cells import CellDigest, ModelDigest, digests
 from fallow.domain.errors import BusMessageError
 from fallow.domain.fleet import (
+    OUTLOOK_HORIZONS_S,
+    CellQuestion,
+    FilesFound,
+    FindChain,
+    FindFiles,
     GatewayReport,
     Heartbeat,
     HostedStage,
     ModelEntry,
     NodeLeaving,
+    Outlook,
+    RouteReply,
     RouteRequest,
     Speed,
     StoreAnnounced,
 )
 from fallow.domain.frames import PeerAddress
-from fallow.domain.model import StageSpec
+from fallow.domain.ids import Digest
+from fallow.domain.model import Span, StageSpec
 
 MEMORY_MAX_BYTES = 1 << 50
 LAYERS_MAX = 1024
@@ -40,8 +51,23 @@ EXCLUDED_MAX = 1024
 MODELS_MAX = 256
 ENDPOINTS_MAX = 16
 MANIFEST_MAX_BYTES = 32 << 20
+DISK_MAX_BYTES = 1 << 60
+REGION_MAX_CHARS = 64
+CACHED_MODELS_MAX = 256
+CACHED_SPANS_MAX = 64
+"""Runs of layers that a device may report of one model."""
+OUTLOOK_MAX_S = OUTLOOK_HORIZONS_S[-1]
+DEVICES_MAX = 1_000_000
+LOAD_MAX = 1e6
+SOURCES_MAX = 16
+DIGEST_MAX_BYTES = 256 << 10
+ID_CHARS = 64
+IDS_KEPT_MAX = 65_536
+KINDS_MAX = 32
+"""Message types whose decoders are kept."""
 
-_ID = re.compile(r"[0-9a-f]{64}")
+_HEX = re.compile(r"[0-9a-f]+")
+_CELL = re.compile(r"[A-Za-z0-9_-]{1,32}")
 _SESSION = re.compile(r"[0-9a-f]{32}")
 _T = TypeVar("_T")
 
@@ -49,17 +75,25 @@ _T = TypeVar("_T")
 def decode(message: bytes, kind: type[_T]) -> _T:
     """A bus message as `kind`."""
     try:
-        return msgspec.json.decode(message, type=kind)
+        decoded: _T = _decoder(kind).decode(message)  # type: ignore[arg-type]  # to mypy, a TypeVar is not Hashable
+        return decoded
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise BusMessageError(f"expected a {kind.__name__}: {error}") from error
+        raise BusMessageError(f"expected a {getattr(kind, '__name__', kind)}: {error}") from error
+
+
+@lru_cache(maxsize=KINDS_MAX)
+def _decoder(kind: type) -> msgspec.json.Decoder[Any]:
+    return msgspec.json.Decoder(kind)
 
 
 def heartbeat(subject: str, message: bytes) -> Heartbeat:
     """A heartbeat that came on `subject`, which names its sender."""
     beat = decode(message, Heartbeat)
-    _require(bool(_ID.fullmatch(beat.node)), "a node id of 64 hex digits", beat.node)
-    _require(subject.split(".")[-2:-1] == [beat.node], f"a heartbeat of the subject's node ({subject})", beat.node)
-    _require(beat.address.node == beat.node, "the sender's own address", beat.address.node)
+    _id("a node id", beat.node)
+    if subject.split(".")[-2:-1] != [beat.node]:
+        raise _refusal(f"a heartbeat of the subject's node ({subject})", beat.node)
+    if beat.address.node != beat.node:
+        raise _refusal("the sender's own address", beat.address.node)
     _address(beat.address)
     _text("a name", beat.name, NAME_MAX_CHARS)
     _text("a boot id", beat.boot, NAME_MAX_CHARS)
@@ -71,12 +105,37 @@ def heartbeat(subject: str, message: bytes) -> Heartbeat:
     _number("session_count", beat.session_count, 0, SESSIONS_MAX)
     _number("tokens_per_s", beat.tokens_per_s, 0, ROWS_PER_S_MAX)
     _number("the number of links", len(beat.link_rtt_s), 0, LINKS_MAX)
-    for rtt in beat.link_rtt_s.values():
+    for peer, rtt in beat.link_rtt_s.items():
+        _id("a link's node id", peer)
         _number("a round trip", rtt, 0, RTT_MAX_S)
     _number("the number of stages", len(beat.hosted), 0, HOSTED_MAX)
     for hosted in beat.hosted:
         _hosted(hosted)
+    _text("a region", beat.region, REGION_MAX_CHARS)
+    if beat.disk_free_bytes is not None:
+        _number("disk_free_bytes", beat.disk_free_bytes, 0, DISK_MAX_BYTES)
+    _cached(beat.cached)
+    if beat.outlook is not None:
+        _outlook(beat.outlook)
     return beat
+
+
+def _cached(cached: dict[Digest, tuple[Span, ...]]) -> None:
+    _number("the number of cached models", len(cached), 0, CACHED_MODELS_MAX)
+    for model, spans in cached.items():
+        _id("a cached model's digest", model)
+        _number("the number of cached spans of a model", len(spans), 0, CACHED_SPANS_MAX)
+        _ascending("cached spans", spans)
+
+
+def _outlook(outlook: Outlook) -> None:
+    if len(outlook.survival) != len(OUTLOOK_HORIZONS_S):
+        raise _refusal(f"survival at {len(OUTLOOK_HORIZONS_S)} horizons", f"{len(outlook.survival)} of them")
+    most = 1.0
+    for share in outlook.survival:
+        _number("survival that falls with the horizon,", share, 0, most)
+        most = share
+    _number("expected_s", outlook.expected_s, 0, OUTLOOK_MAX_S)
 
 
 def _hosted(hosted: HostedStage) -> None:
@@ -94,13 +153,18 @@ def _speed(speed: Speed) -> None:
 
 
 def _stage(stage: StageSpec) -> None:
-    _require(bool(_ID.fullmatch(stage.model)), "a model digest of 64 hex digits", stage.model)
+    _id("a model digest", stage.model)
+    _ascending("pieces", stage.pieces)
+    if not stage.pieces:
+        raise _refusal("a stage with pieces", "none")
+
+
+def _ascending(what: str, spans: tuple[Span, ...]) -> None:
     edge = 0
-    for piece in stage.pieces:
-        ordered = edge <= piece.first < piece.last <= LAYERS_MAX
-        _require(ordered, f"ascending pieces of at most {LAYERS_MAX} layers", str(piece))
-        edge = piece.last
-    _require(bool(stage.pieces), "a stage with pieces", "none")
+    for span in spans:
+        if not edge <= span.first < span.last <= LAYERS_MAX:
+            raise _refusal(f"ascending {what} of at most {LAYERS_MAX} layers", str(span))
+        edge = span.last
 
 
 def leaving(message: bytes) -> NodeLeaving:
@@ -109,8 +173,12 @@ def leaving(message: bytes) -> NodeLeaving:
 
 def route_request(message: bytes) -> RouteRequest:
     """A request for a chain."""
-    request = decode(message, RouteRequest)
-    _require(bool(_SESSION.fullmatch(request.session)), "a session id of 32 hex digits", request.session)
+    return _route_request(decode(message, RouteRequest))
+
+
+def _route_request(request: RouteRequest) -> RouteRequest:
+    if not _SESSION.fullmatch(request.session):
+        raise _refusal("a session id of 32 hex digits", request.session)
     _number("reserve_tokens", request.reserve_tokens, 1, CONTEXT_MAX_TOKENS)
     _number("the number of hops to keep", len(request.keep), 0, HOPS_MAX)
     _number("the number of nodes to exclude", len(request.exclude), 0, EXCLUDED_MAX)
@@ -119,6 +187,88 @@ def route_request(message: bytes) -> RouteRequest:
         _number("a kept hop's first layer", hop.span.first, 0, LAYERS_MAX)
         _number("a kept hop's last layer", hop.span.last, hop.span.first + 1, LAYERS_MAX)
     return request
+
+
+# --- between cells --------------------------------------------------------------------------------
+
+
+def cell_digest(subject: str, message: bytes) -> CellDigest:
+    """A digest that came on `subject`, which names its cell."""
+    if len(message) > DIGEST_MAX_BYTES:
+        raise _refusal(f"a digest of up to {DIGEST_MAX_BYTES} bytes", f"{len(message)}")
+    digest = decode(message, CellDigest)
+    _cell(digest.cell)
+    if subject != digests(digest.cell):
+        raise _refusal(f"a digest of the subject's cell ({subject})", digest.cell)
+    _text("a boot id", digest.boot, NAME_MAX_CHARS)
+    _text("a region", digest.region, REGION_MAX_CHARS)
+    _number("a sequence number", digest.sequence, 0, 1 << 62)
+    _number("devices", digest.devices, 0, DEVICES_MAX)
+    _number("devices_max", digest.devices_max, 0, DEVICES_MAX)
+    _number("the number of models", len(digest.models), 0, MODELS_MAX)
+    for told in digest.models:
+        _model_digest(told)
+    return digest
+
+
+def _model_digest(told: ModelDigest) -> None:
+    _id("a model digest", told.model)
+    _number("tokens_per_s_max", told.tokens_per_s_max, 0, ROWS_PER_S_MAX)
+    _number("load", told.load, 0, LOAD_MAX)
+    _number("copies_min", told.copies_min, 0, DEVICES_MAX)
+    _number("kv_free_sessions", told.kv_free_sessions, 0, SESSIONS_MAX)
+    _number("the number of missing spans", len(told.missing), 0, CACHED_SPANS_MAX)
+    _ascending("missing layers", told.missing)
+    if told.servable and told.missing:
+        raise _refusal("a servable model without missing layers", str(told.missing[0]))
+
+
+def cell_question(message: bytes) -> CellQuestion:
+    """What another cell asks."""
+    question: CellQuestion = decode(message, CellQuestion)  # type: ignore[arg-type]  # a union is no type to mypy
+    _cell(question.cell)
+    if isinstance(question, FindChain):
+        _route_request(question.request)
+    if isinstance(question, FindFiles):
+        _id("a model digest", question.model)
+    return question
+
+
+def route_reply(message: bytes, request: RouteRequest, layer_count: int) -> RouteReply:
+    """Another cell's answer to a request: a chain over exactly the model's layers of devices that are all different and
+    not excluded, or an error."""
+    reply = decode(message, RouteReply)
+    _text("an error", reply.error or "", TEXT_MAX_CHARS)
+    _text("an error's code", reply.code or "", NAME_MAX_CHARS)
+    if not reply.hops:
+        return reply
+    _number("the number of hops", len(reply.hops), 1, HOPS_MAX)
+    edge = 0
+    for hop in reply.hops:
+        _address(hop.address)
+        if hop.span.first != edge or hop.span.last <= edge:
+            raise _refusal(f"a hop that goes on from layer {edge}", str(hop.span))
+        edge = hop.span.last
+    if edge != layer_count:
+        raise _refusal(f"a chain of {layer_count} layers", f"{edge}")
+    nodes = {hop.address.node for hop in reply.hops}
+    if len(nodes) < len(reply.hops) or nodes & set(request.exclude):
+        raise _refusal("hops of different devices, none of them excluded", " ".join(node[:8] for node in nodes))
+    return reply
+
+
+def files_found(message: bytes) -> FilesFound:
+    """Who in another cell has a model's files."""
+    found = decode(message, FilesFound)
+    _number("the number of sources", len(found.sources), 0, SOURCES_MAX)
+    for address in found.sources:
+        _address(address)
+    return found
+
+
+def _cell(cell: str) -> None:
+    if not _CELL.fullmatch(cell):
+        raise _refusal("a cell's name of 1 to 32 letters, digits, dashes", cell)
 
 
 def store_announced(message: bytes) -> StoreAnnounced:
@@ -132,7 +282,7 @@ def store_announced(message: bytes) -> StoreAnnounced:
 
 
 def _entry(entry: ModelEntry) -> None:
-    _require(bool(_ID.fullmatch(entry.model)), "a model digest of 64 hex digits", entry.model)
+    _id("a model digest", entry.model)
     _text("a model name", entry.name, NAME_MAX_CHARS)
     _number("manifest_bytes", entry.manifest_bytes, 1, MANIFEST_MAX_BYTES)
     config = entry.config
@@ -140,7 +290,8 @@ def _entry(entry: ModelEntry) -> None:
     for size in (config.hidden_size, config.kv_head_count, config.head_dim, config.context_length):
         _number("a size of the model", size, 1, CONTEXT_MAX_TOKENS)
     embedding, head, layers = entry.weights_bytes
-    _require(len(layers) == config.layer_count, f"weights of {config.layer_count} layers", f"{len(layers)}")
+    if len(layers) != config.layer_count:
+        raise _refusal(f"weights of {config.layer_count} layers", f"{len(layers)}")
     for size in (embedding, head, *layers):
         _number("weights_bytes", size, 0, MEMORY_MAX_BYTES)
 
@@ -148,7 +299,7 @@ def _entry(entry: ModelEntry) -> None:
 def gateway_report(message: bytes) -> GatewayReport:
     """A gateway's figures."""
     report = decode(message, GatewayReport)
-    _require(bool(_ID.fullmatch(report.gateway)), "a gateway id of 64 hex digits", report.gateway)
+    _id("a gateway id", report.gateway)
     _text("a url", report.url, TEXT_MAX_CHARS)
     _number("sessions", report.sessions, 0, SESSIONS_MAX)
     _number("tokens_per_s", report.tokens_per_s, 0, ROWS_PER_S_MAX)
@@ -157,22 +308,32 @@ def gateway_report(message: bytes) -> GatewayReport:
 
 
 def _address(address: PeerAddress) -> None:
-    _require(bool(_ID.fullmatch(address.node)), "an address with a node id of 64 hex digits", address.node)
+    _id("an address with a node id", address.node)
     _number("the number of endpoints", len(address.endpoints), 0, ENDPOINTS_MAX)
     for endpoint in address.endpoints:
         _text("an endpoint", endpoint, NAME_MAX_CHARS)
 
 
+def _id(what: str, value: str) -> None:
+    if len(value) != ID_CHARS or not _is_hex(value):
+        raise _refusal(f"{what} of {ID_CHARS} hex digits", value)
+
+
+@lru_cache(maxsize=IDS_KEPT_MAX)
+def _is_hex(value: str) -> bool:
+    """A fleet's ids come again in every heartbeat. Only what has an id's length gets here and is kept."""
+    return bool(_HEX.fullmatch(value))
+
+
 def _number(what: str, value: float, least: float, most: float) -> None:
-    _require(math.isfinite(value) and least <= value <= most, f"{what} from {least:g} to {most:g}", f"{value!r}")
+    if not least <= value <= most:  # false for what is not a number, too
+        raise _refusal(f"{what} from {least:g} to {most:g}", f"{value!r}")
 
 
 def _text(what: str, value: str, chars_max: int) -> None:
-    _require(
-        len(value) <= chars_max and value.isprintable(), f"{what} of up to {chars_max} printable characters", value
-    )
+    if len(value) > chars_max or not value.isprintable():
+        raise _refusal(f"{what} of up to {chars_max} printable characters", value)
 
 
-def _require(holds: bool, expected: str, came: str) -> None:
-    if not holds:
-        raise BusMessageError(f"expected {expected}, got {came[:80]!r}")
+def _refusal(expected: str, came: str) -> BusMessageError:
+    return BusMessageError(f"expected {expected}, got {came[:80]!r}")

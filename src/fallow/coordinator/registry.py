@@ -1,24 +1,39 @@
-"""What the coordinator knows: nodes, stores with their models, gateways. A frozen value, and functions that fold facts
-into it.
+"""What the coordinator knows: nodes, stores with their models, gateways.
 
 Soft state only: all of it comes back within a heartbeat interval of a restart. Nothing here does I/O or reads a clock.
+
+Rules
+- One mutable `Fleet` for each coordinator: a heartbeat must not cost a copy of everybody. What it hands out is live;
+  who keeps it across an `await` copies it first. What is inside (`Member`, `Heartbeat`, `Carrier`) are values.
+- What questions need is kept up as facts come in: who carries a model that the catalogue names, and how many hold each
+  of its layers. A heartbeat costs the same in a fleet of 20,000 as in one of 20, and so does a route.
+- A stage of a model that no store announces is remembered in its heartbeat and nowhere else.
 """
 
 from collections.abc import Mapping
-from typing import TypeVar
+from types import MappingProxyType
 
 import msgspec
 
-from fallow.domain.fleet import GatewayReport, Heartbeat, HostedStage, ModelEntry, Speed, StageStatus, StoreAnnounced
+from fallow.domain.fleet import (
+    GatewayReport,
+    Heartbeat,
+    HostedStage,
+    ModelEntry,
+    Speed,
+    StageStatus,
+    StoreAnnounced,
+    Tier,
+)
 from fallow.domain.frames import PeerAddress
 from fallow.domain.ids import Digest, NodeId
-from fallow.domain.model import StageSpec
+from fallow.domain.model import Quantisation, StageSpec, held_bytes
 from fallow.policy import membership
 from fallow.policy.membership import Member, MembershipRules, Presence
-from fallow.policy.placement_board import ModelNeed, NodeRoom
-from fallow.policy.routing import Carrier, ModelShape, covered
+from fallow.policy.placement_inputs import ModelNeed, NodeRoom
+from fallow.policy.routing import Carrier, ModelShape
 
-NODES_MAX = 4096
+NODES_MAX = 32_768
 STORES_MAX = 16
 GATEWAYS_MAX = 256
 GATEWAY_SILENCE_MAX_S = 10.0
@@ -26,8 +41,7 @@ STORE_SILENCE_MAX_S = 15.0
 """Its models stay in the catalogue, because devices have them; but it is no longer the first to be asked for files."""
 LAYER_UNKNOWN_S = 0.001
 
-_K = TypeVar("_K")
-_V = TypeVar("_V")
+_NOBODY: Mapping[NodeId, Carrier] = MappingProxyType({})
 
 
 class HeardGateway(msgspec.Struct, frozen=True):
@@ -44,19 +58,162 @@ class HeardStore(msgspec.Struct, frozen=True):
     heard_s: float
 
 
-class Fleet(msgspec.Struct, frozen=True, kw_only=True):
+class Heard(msgspec.Struct, frozen=True, gc=False):
+    """What a heartbeat changed."""
+
+    before: Member | None
+    after: Member
+
+
+class ModelIndex:
+    """Who carries one model of the catalogue, and how many of them hold each layer."""
+
+    def __init__(self, entry: ModelEntry) -> None:
+        self.layer_count = entry.config.layer_count
+        self.carriers: dict[NodeId, Carrier] = {}
+        self.holders = [0] * self.layer_count
+        self._bare = self.layer_count
+
+    @property
+    def servable(self) -> bool:
+        """Whether every layer is ready somewhere."""
+        return self._bare == 0
+
+    def put(self, node: NodeId, carrier: Carrier | None) -> None:
+        """The node carries this much of the model now; `None`: nothing."""
+        before = self.carriers.get(node)
+        if before is None and carrier is None:
+            return
+        if carrier is None:
+            del self.carriers[node]
+        else:
+            self.carriers[node] = carrier
+            if before is not None and before.stage == carrier.stage:
+                return
+            self._count(carrier.stage, 1)
+        if before is not None:
+            self._count(before.stage, -1)
+
+    def _count(self, stage: StageSpec, change: int) -> None:
+        for piece in stage.pieces:
+            for layer in range(piece.first, piece.last):
+                self._bare += (self.holders[layer] + change == 0) - (self.holders[layer] == 0)
+                self.holders[layer] += change
+
+
+class Fleet:
     """Everybody, as last heard."""
 
-    members: dict[NodeId, Member] = {}
-    stores: dict[NodeId, HeardStore] = {}
-    gateways: dict[NodeId, HeardGateway] = {}
+    def __init__(self) -> None:
+        self.members: dict[NodeId, Member] = {}
+        self.stores: dict[NodeId, HeardStore] = {}
+        self.gateways: dict[NodeId, HeardGateway] = {}
+        self.elsewhere: Mapping[Digest, tuple[PeerAddress, ...]] = {}
+        """Peers of other cells that have files of models with layers that nobody here holds."""
+        self._present: dict[NodeId, Heartbeat] = {}
+        self._facts = 0
+        """How many have come: what was worked out is fresh while it stays the same."""
+        self._file_holders: dict[Digest, tuple[int, tuple[PeerAddress, ...], tuple[PeerAddress, ...]]] = {}
+        self._entries: dict[Digest, ModelEntry] = {}
+        self._indexes: dict[Digest, ModelIndex] = {}
 
-    def present(self) -> dict[NodeId, Heartbeat]:
-        """The newest heartbeats of the nodes that are here, draining ones included."""
-        return {node: member.heartbeat for node, member in self.members.items() if member.presence is Presence.PRESENT}
+    def present(self) -> Mapping[NodeId, Heartbeat]:
+        """The newest heartbeats of the nodes that are here, draining ones included. Live."""
+        return MappingProxyType(self._present)
 
     def entries(self) -> dict[Digest, ModelEntry]:
-        """The catalogue in its order. Of two models of one name, the first store's counts."""
+        """The catalogue in its order. Of two models of one name, the first store's counts. Replaced when it changes."""
+        return self._entries
+
+    def carriers(self, model: Digest) -> Mapping[NodeId, Carrier]:
+        """The nodes that can take sessions of a model of the catalogue. Live."""
+        index = self._indexes.get(model)
+        return _NOBODY if index is None else index.carriers
+
+    def index(self, model: Digest) -> ModelIndex | None:
+        """Who holds what of a model of the catalogue. Live."""
+        return self._indexes.get(model)
+
+    def file_holders(self, model: Digest) -> tuple[tuple[PeerAddress, ...], tuple[PeerAddress, ...]]:
+        """Nodes that carry some of a model, and then those that only have files of it or are leaving with some."""
+        facts, carrying, others = self._file_holders.get(model, (-1, (), ()))
+        if facts != self._facts:
+            # Orders go out by the hundred at a time: worked out once for all of them.
+            carriers = self.carriers(model)
+            carrying = tuple(carrier.address for carrier in carriers.values())
+            others = tuple(
+                beat.address for node, beat in self._present.items() if node not in carriers and _has_files(beat, model)
+            )
+            self._file_holders = {model: (self._facts, carrying, others)}
+        return carrying, others
+
+    # --- facts ----------------------------------------------------------------------------------
+
+    def hear(self, heartbeat: Heartbeat, now_s: float, rules: MembershipRules) -> Heard | None:
+        """`None` when the heartbeat is late, or comes from a stranger and there is room for no more."""
+        node = heartbeat.node
+        before = self.members.get(node)
+        if before is None and len(self.members) >= NODES_MAX:
+            return None
+        after = membership.heard(before, heartbeat, now_s, rules)
+        if after is None:
+            return None
+        self._facts += 1
+        self.members[node] = after
+        self._present[node] = heartbeat
+        for model, index in self._indexes.items():
+            index.put(node, carrier_of(heartbeat, model, index.layer_count))
+        return Heard(before, after)
+
+    def depart(self, node: NodeId, presence: Presence, now_s: float) -> Member | None:
+        """A node departed. What it was before, or `None` when nobody knows it."""
+        before = self.members.get(node)
+        if before is not None:
+            self.members[node] = membership.departed(before, presence, now_s)
+            self._withdraw(node)
+        return before
+
+    def excuse(self, pause_s: float) -> None:
+        """The coordinator itself was asleep: nobody's silence counts for that long."""
+        for node, member in self.members.items():
+            self.members[node] = msgspec.structs.replace(member, heard_s=member.heard_s + pause_s)
+
+    def announce(self, announced: StoreAnnounced, now_s: float) -> bool:
+        """A store told what it serves. Whether that is other than before, or the store is new."""
+        node = announced.address.node
+        before = self.stores.get(node)
+        if before is None and len(self.stores) >= STORES_MAX:
+            return False
+        self.stores[node] = HeardStore(announced, now_s)
+        changed = before is None or before.announced.models != announced.models
+        if changed:
+            self._recatalogue()
+        return changed
+
+    def report(self, report: GatewayReport, now_s: float) -> None:
+        """A gateway told its figures."""
+        if report.gateway in self.gateways or len(self.gateways) < GATEWAYS_MAX:
+            self.gateways[report.gateway] = HeardGateway(report, now_s)
+
+    def forget(self, now_s: float, rules: MembershipRules) -> None:
+        """Drop nodes that departed long ago and gateways that are silent."""
+        for node in membership.forgettable(self.members, now_s, rules):
+            del self.members[node]
+        silent = [node for node, heard in self.gateways.items() if now_s - heard.heard_s > GATEWAY_SILENCE_MAX_S]
+        for node in silent:
+            del self.gateways[node]
+
+    # --- indexes --------------------------------------------------------------------------------
+
+    def _withdraw(self, node: NodeId) -> None:
+        self._facts += 1
+        self._present.pop(node, None)
+        for index in self._indexes.values():
+            index.put(node, None)
+
+    def _recatalogue(self) -> None:
+        """Work out the catalogue anew, and who carries the models that are new in it or changed."""
+        self._facts += 1
         found: dict[Digest, ModelEntry] = {}
         names: set[str] = set()
         for store in self.stores.values():
@@ -64,61 +221,15 @@ class Fleet(msgspec.Struct, frozen=True, kw_only=True):
                 if entry.name not in names:
                     names.add(entry.name)
                     found[entry.model] = entry
-        return found
-
-    # --- facts ----------------------------------------------------------------------------------
-
-    def with_heartbeat(self, heartbeat: Heartbeat, now_s: float, rules: MembershipRules) -> "Fleet | None":
-        """`None` when the heartbeat is late, or comes from a stranger and there is room for no more."""
-        member = self.members.get(heartbeat.node)
-        if member is None and len(self.members) >= NODES_MAX:
-            return None
-        after = membership.heard(member, heartbeat, now_s, rules)
-        if after is None:
-            return None
-        return msgspec.structs.replace(self, members=_with(self.members, heartbeat.node, after))
-
-    def with_departure(self, node: NodeId, presence: Presence, now_s: float) -> "Fleet":
-        member = self.members.get(node)
-        if member is None:
-            return self
-        after = membership.departed(member, presence, now_s)
-        return msgspec.structs.replace(self, members=_with(self.members, node, after))
-
-    def with_excuse(self, pause_s: float) -> "Fleet":
-        """The coordinator itself was asleep: nobody's silence counts for that long."""
-        members = {
-            node: msgspec.structs.replace(member, heard_s=member.heard_s + pause_s)
-            for node, member in self.members.items()
-        }
-        return msgspec.structs.replace(self, members=members)
-
-    def with_store(self, announced: StoreAnnounced, now_s: float) -> "Fleet":
-        if announced.address.node not in self.stores and len(self.stores) >= STORES_MAX:
-            return self
-        return msgspec.structs.replace(
-            self, stores=_with(self.stores, announced.address.node, HeardStore(announced, now_s))
-        )
-
-    def with_gateway(self, report: GatewayReport, now_s: float) -> "Fleet":
-        if report.gateway not in self.gateways and len(self.gateways) >= GATEWAYS_MAX:
-            return self
-        gateways = _with(self.gateways, report.gateway, HeardGateway(report, now_s))
-        return msgspec.structs.replace(self, gateways=gateways)
-
-    def without_forgotten(self, now_s: float, rules: MembershipRules) -> "Fleet":
-        forgotten = set(membership.forgettable(self.members, now_s, rules))
-        return msgspec.structs.replace(
-            self,
-            members={node: member for node, member in self.members.items() if node not in forgotten},
-            gateways={
-                node: heard for node, heard in self.gateways.items() if now_s - heard.heard_s <= GATEWAY_SILENCE_MAX_S
-            },
-        )
-
-
-def _with(mapping: Mapping[_K, _V], key: _K, value: _V) -> dict[_K, _V]:
-    return {**mapping, key: value}
+        indexes: dict[Digest, ModelIndex] = {}
+        for model, entry in found.items():
+            index = self._indexes.get(model)
+            if index is None or index.layer_count != entry.config.layer_count:
+                index = ModelIndex(entry)
+                for node, heartbeat in self._present.items():
+                    index.put(node, carrier_of(heartbeat, model, index.layer_count))
+            indexes[model] = index
+        self._entries, self._indexes = found, indexes
 
 
 # --- views for the policies -----------------------------------------------------------------------
@@ -126,9 +237,10 @@ def _with(mapping: Mapping[_K, _V], key: _K, value: _V) -> dict[_K, _V]:
 
 def ready_stage(heartbeat: Heartbeat, model: Digest) -> HostedStage | None:
     """What a node can serve of a model now."""
-    return next(
-        (item for item in heartbeat.hosted if item.stage.model == model and item.status is StageStatus.READY), None
-    )
+    for item in heartbeat.hosted:
+        if item.status is StageStatus.READY and item.stage.model == model:
+            return item
+    return None
 
 
 def asked_stage(heartbeat: Heartbeat, model: Digest) -> StageSpec | None:
@@ -149,13 +261,15 @@ def best_speed(heartbeat: Heartbeat) -> Speed | None:
 
 
 def need_of(entry: ModelEntry) -> ModelNeed:
-    """What a model takes, for placement."""
+    """What a model takes on a device, for placement: loaded layers and head, and the embedding's file."""
     embedding, head, layers = entry.weights_bytes
+    head_bytes = head + (embedding if entry.config.tied_head else 0)
+    head_kind = Quantisation.Q8 if entry.quantisation is Quantisation.Q4 else entry.quantisation
     return ModelNeed(
         model=entry.model,
-        layer_bytes=layers,
+        layer_bytes=tuple(held_bytes(size, entry.quantisation) for size in layers),
         embedding_bytes=embedding,
-        head_bytes=head + (embedding if entry.config.tied_head else 0),
+        head_bytes=held_bytes(head_bytes, head_kind),
         kv_bytes_per_token_layer=_kv_bytes_per_token_layer(entry),
     )
 
@@ -189,49 +303,68 @@ def room_of(
         layer_s=LAYER_UNKNOWN_S if speed is None else speed.layer_s_1,
         hosted=asked,
         barred=barred,
+        tier=Tier.ANONYMOUS,  # until enrolment exists: never a device's own word
+        region=heartbeat.region,
+        disk_free_bytes=heartbeat.disk_free_bytes,
+        cached=heartbeat.cached,
+        outlook=heartbeat.outlook,
+    )
+
+
+def carrier_of(heartbeat: Heartbeat, model: Digest, layer_count: int) -> Carrier | None:
+    """What a node can serve of a model of so many layers, as routing sees it."""
+    if heartbeat.draining:
+        return None
+    ready = ready_stage(heartbeat, model)
+    if ready is None or ready.stage.pieces[-1].last > layer_count:
+        return None
+    return Carrier(
+        address=heartbeat.address,
+        stage=ready.stage,
+        speed=ready.speed,
+        sessions=heartbeat.session_count,
+        kv_free_bytes=heartbeat.kv_free_bytes,
+        link_rtt_s=heartbeat.link_rtt_s,
+        tokens_per_s=heartbeat.tokens_per_s,
+        outlook=heartbeat.outlook,
     )
 
 
 def carriers_of(fleet: Fleet, entry: ModelEntry) -> list[Carrier]:
-    """The nodes that can take sessions of a model."""
-    found: list[Carrier] = []
-    for heartbeat in fleet.present().values():
-        ready = ready_stage(heartbeat, entry.model)
-        if ready is None or heartbeat.draining or ready.stage.pieces[-1].last > entry.config.layer_count:
-            continue
-        found.append(
-            Carrier(
-                address=heartbeat.address,
-                stage=ready.stage,
-                speed=ready.speed,
-                sessions=heartbeat.session_count,
-                kv_free_bytes=heartbeat.kv_free_bytes,
-                link_rtt_s=heartbeat.link_rtt_s,
-            )
-        )
-    return found
+    """The nodes that can take sessions of a model, copied."""
+    return list(fleet.carriers(entry.model).values())
 
 
 def servable(fleet: Fleet, entry: ModelEntry) -> bool:
     """Whether every layer is ready somewhere."""
-    return all(covered(entry.config.layer_count, (item.stage for item in carriers_of(fleet, entry))))
+    index = fleet.index(entry.model)
+    return index is not None and index.servable
 
 
 def sources_of(
-    fleet: Fleet, model: Digest, for_node: NodeId, now_s: float, sources_max: int
+    fleet: Fleet, model: Digest, for_node: NodeId | None, now_s: float, sources_max: int
 ) -> tuple[PeerAddress, ...]:
-    """Who has files of a model: stores that announce it, then nodes that host some of it, then stores that have been
-    silent for long."""
+    """Who has files of a model: stores that announce it, then nodes that carry some of it, then nodes that have some on
+    disk or are leaving with it, then peers of other cells, then stores that have been silent for long.
+
+    Nodes are taken from a place in the row that depends on who asks, so that devices that load at the same time do not
+    all ask the same ones.
+    """
     stores = [
         (now_s - heard.heard_s > STORE_SILENCE_MAX_S, heard.announced.address)
         for heard in fleet.stores.values()
         if any(entry.model == model for entry in heard.announced.models)
     ]
-    nodes = [
-        heartbeat.address
-        for heartbeat in fleet.present().values()
-        if heartbeat.node != for_node and ready_stage(heartbeat, model) is not None
-    ]
+    carrying, others = fleet.file_holders(model)
+    start = int(for_node[-8:], 16) % max(len(carrying), 1) if for_node else 0
+    # One more than are wanted: the one who asks may be among them.
+    row = carrying[start : start + sources_max + 1]
+    nodes = row + carrying[: min(start, sources_max + 1 - len(row))] + others[: sources_max + 1]
     fresh = [address for silent, address in stores if not silent]
     stale = [address for silent, address in stores if silent]
-    return tuple(dict.fromkeys(fresh + nodes + stale))[:sources_max]
+    found = dict.fromkeys([*fresh, *nodes, *fleet.elsewhere.get(model, ()), *stale])
+    return tuple(address for address in found if address.node != for_node)[:sources_max]
+
+
+def _has_files(heartbeat: Heartbeat, model: Digest) -> bool:
+    return bool(heartbeat.cached.get(model)) or ready_stage(heartbeat, model) is not None

@@ -128,6 +128,12 @@ class BusTimeout(FabricError):
     code = "bus_timeout"
 
 
+class LeaseUnsupported(FabricError):
+    """The control bus has no JetStream, so that nobody can hold a lease on it."""
+
+    code = "lease_unsupported"
+
+
 class BusMessageError(FabricError):
     """A bus message that cannot be believed: not decodable, absurd numbers, or a sender that is not who it says."""
 

@@ -5,12 +5,17 @@ activation ever travels here. Subjects are built by the functions at the end, an
 """
 
 from enum import IntEnum, StrEnum
+from typing import Annotated
 
 import msgspec
 
+from fallow.domain.cells import NeighbourCell, digests
 from fallow.domain.frames import PeerAddress
 from fallow.domain.ids import Digest, ModelName, NodeId, SessionId
 from fallow.domain.model import ModelConfig, Quantisation, Span, StageSpec
+
+Epoch = Annotated[int, msgspec.Meta(ge=0, le=1 << 62)]
+"""Counts the coordinators that have led a cell; 0 where there is no lease to lead by."""
 
 
 class StageStatus(StrEnum):
@@ -22,7 +27,7 @@ class StageStatus(StrEnum):
     FAILED = "failed"
 
 
-class Speed(msgspec.Struct, frozen=True, kw_only=True):
+class Speed(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """Measured engine speed: seconds that one layer takes for a call of 1, 4 and 8 decode rows."""
 
     layer_s_1: float
@@ -42,7 +47,7 @@ OUTLOOK_HORIZONS_S = (600.0, 1800.0, 3600.0, 4 * 3600.0, 12 * 3600.0)
 """How far ahead an `Outlook` looks."""
 
 
-class Outlook(msgspec.Struct, frozen=True, kw_only=True):
+class Outlook(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """How long a device expects to stay, from its own history, its power supply and its owner's word. The history
     itself never leaves the device."""
 
@@ -52,7 +57,7 @@ class Outlook(msgspec.Struct, frozen=True, kw_only=True):
     """The mean time that it stays, counted up to the last horizon."""
 
 
-class HostedStage(msgspec.Struct, frozen=True, kw_only=True):
+class HostedStage(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """A stage on a node, as its heartbeat reports it."""
 
     stage: StageSpec
@@ -64,7 +69,7 @@ class HostedStage(msgspec.Struct, frozen=True, kw_only=True):
     error: str | None = None
 
 
-class Heartbeat(msgspec.Struct, frozen=True, kw_only=True):
+class Heartbeat(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """A node's whole public state. Sent every interval and at once when something in it changes."""
 
     node: NodeId
@@ -118,12 +123,15 @@ class PlaceStage(msgspec.Struct, frozen=True, kw_only=True, tag="place_stage", t
     manifest_bytes: int
     sources: tuple[PeerAddress, ...]
     """Peers that have the model's files, best first."""
+    epoch: Epoch = 0
+    """Of the coordinator that orders it. Devices refuse lower epochs than they have heard of."""
 
 
 class DropStage(msgspec.Struct, frozen=True, kw_only=True, tag="drop_stage", tag_field="kind"):
     """Stop hosting a model."""
 
     model: Digest
+    epoch: Epoch = 0
 
 
 NodeCommand = PlaceStage | DropStage
@@ -134,6 +142,30 @@ class Accepted(msgspec.Struct, frozen=True, kw_only=True):
 
     ok: bool
     message: str = ""
+    epoch: Epoch | None = None
+    """With a refusal of an order of a lower epoch: the highest that this device has heard of."""
+
+
+class LeaderChanged(msgspec.Struct, frozen=True, kw_only=True):
+    """A coordinator leads from now on; orders of lower epochs come from one that does not know it yet."""
+
+    epoch: Epoch
+    name: str
+
+
+class CoordinatorReport(msgspec.Struct, frozen=True, kw_only=True):
+    """A coordinator's word about itself, at an interval."""
+
+    id: str
+    """Its name on the bus, unique to one run."""
+    name: str
+    """For people."""
+    epoch: Epoch | None = None
+    """Of its term; `None` while it stands by."""
+    since_s: float = 0.0
+    """How long it has led, or stood by."""
+    lease: bool = True
+    """Whether it leads by a lease, so that others can take over. A bus without JetStream has none."""
 
 
 # --- routing ------------------------------------------------------------------------------------
@@ -209,6 +241,39 @@ class GatewayReport(msgspec.Struct, frozen=True, kw_only=True):
     chains: tuple[tuple[NodeId, ...], ...] = ()
 
 
+# --- between cells --------------------------------------------------------------------------------
+
+
+class FindChain(msgspec.Struct, frozen=True, kw_only=True, tag="find_chain", tag_field="kind"):
+    """A cell asks another for a chain of that one's devices. Answered by a `RouteReply`; never passed on."""
+
+    cell: str
+    """Which asks."""
+    request: RouteRequest
+
+
+class FindFiles(msgspec.Struct, frozen=True, kw_only=True, tag="find_files", tag_field="kind"):
+    """A cell asks another who there has files of a model. Answered by `FilesFound`."""
+
+    cell: str
+    model: Digest
+
+
+class MeasureRtt(msgspec.Struct, frozen=True, kw_only=True, tag="measure_rtt", tag_field="kind"):
+    """Answered by an empty message, at once."""
+
+    cell: str
+
+
+CellQuestion = FindChain | FindFiles | MeasureRtt
+
+
+class FilesFound(msgspec.Struct, frozen=True, kw_only=True):
+    """Peers that have files of a model."""
+
+    sources: tuple[PeerAddress, ...]
+
+
 class FleetStatus(msgspec.Struct, frozen=True, kw_only=True):
     """What the coordinator knows, for `fallow status` and operators' tools."""
 
@@ -221,12 +286,19 @@ class FleetStatus(msgspec.Struct, frozen=True, kw_only=True):
     """Why a model of the catalogue has no chain, for people."""
     dropped_messages: dict[str, int] = {}
     """Bus messages that were not believed, counted by the kind of message."""
+    coordinators: tuple[CoordinatorReport, ...] = ()
+    """The one that leads and answers this first, then those that stand by."""
+    neighbours: tuple[NeighbourCell, ...] = ()
+    """Other cells, nearest first."""
+    nodes_left_out: int = 0
+    """Devices that are here beside `nodes`, for which the message has no room."""
 
 
 class Subjects:
     """Bus subjects of one cell."""
 
     def __init__(self, cell: str) -> None:
+        self._cell = cell
         self._root = f"fallow.{cell}"
 
     def heartbeat(self, node: NodeId | str = "*") -> str:
@@ -239,6 +311,16 @@ class Subjects:
     def hello(self) -> str:
         """A coordinator has started: nodes, stores and gateways report at once. The message is empty."""
         return f"{self._root}.hello"
+
+    @property
+    def leader(self) -> str:
+        """`LeaderChanged`, when a coordinator begins to lead."""
+        return f"{self._root}.leader"
+
+    @property
+    def coordinators(self) -> str:
+        """`CoordinatorReport`s."""
+        return f"{self._root}.coordinators"
 
     @property
     def leaving(self) -> str:
@@ -267,3 +349,15 @@ class Subjects:
     @property
     def status(self) -> str:
         return f"{self._root}.status"
+
+    # --- between cells ---
+
+    @property
+    def digest(self) -> str:
+        """This cell's `CellDigest`s."""
+        return digests(self._cell)
+
+    @property
+    def ask(self) -> str:
+        """`CellQuestion`s to this cell's coordinator."""
+        return f"fallow.cells.{self._cell}.ask"

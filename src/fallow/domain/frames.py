@@ -41,7 +41,7 @@ class Phase(StrEnum):
     """Alone in its sequence: generated tokens."""
 
 
-class PeerAddress(msgspec.Struct, frozen=True):
+class PeerAddress(msgspec.Struct, frozen=True, gc=False):
     """Where to dial a peer. Its id is its public key, so an address that lies cannot impersonate."""
 
     node: NodeId

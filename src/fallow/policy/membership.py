@@ -51,7 +51,7 @@ class Presence(StrEnum):
     """It fell silent or its connection broke."""
 
 
-class Member(msgspec.Struct, frozen=True, kw_only=True):
+class Member(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """What is known of a node's presence."""
 
     heartbeat: Heartbeat
@@ -128,3 +128,12 @@ def forgettable(members: Mapping[NodeId, Member], now_s: float, rules: Membershi
 def flapping(member: Member, now_s: float, rules: MembershipRules) -> bool:
     """Whether a node comes and goes too often to be given anything new."""
     return sum(now_s - at_s <= rules.flap_window_s for at_s in member.departures_s) >= rules.flaps_max
+
+
+def lost_since(members: Mapping[NodeId, Member], since_s: float) -> tuple[NodeId, ...]:
+    """Nodes that were lost, and not by their own word, since that time and are not back."""
+    return tuple(
+        node
+        for node, member in members.items()
+        if member.presence is Presence.GONE and member.departed_s is not None and member.departed_s >= since_s
+    )
