@@ -1,201 +1,74 @@
 """Which device hosts which pieces of which model. Pure.
 
-Rules
-- A model that fits one device stays whole on one, the fastest that it fits; other devices that it fits, and that have
-  nothing else to do, become whole replicas.
-- A model that fits none is cut on a *grid*: the same cut points for every device, so that any device can replace any
-  piece of any other. A device may host several pieces, adjacent or not. Every piece gets a holder, then `replicas`
-  holders on different devices as far as memory goes, so that a death is survived without loading anything. Fast
-  devices get more pieces.
-- Every model is covered before any model gets second copies; within each, models go in the catalogue's order.
-- What is placed stays. A piece moves only when coverage or a missing copy requires it, a copy goes only when another
-  model needs its room, and the grid changes only when that raises the number of holders of the thinnest piece.
-- A model of which not every piece finds a place, or whose pieces make no chain, gets nothing new; the reason is told.
+Rules, whatever the size of the fleet
+- A model that fits one device stays whole on one; spare devices become replicas.
+- Every model is covered before any model gets second copies; then every part gets `replicas` holders on different
+  devices as far as memory goes. Models go in the catalogue's order.
+- Never over a device's memory, KV room or disk; never where residency or trust forbid it; nothing new where it failed.
+- What is placed stays, and moves only for a reason that is worth it. Placing a placement changes nothing.
+- A model that cannot be covered gets nothing new; the reason is told.
 
-How: pieces are handed out one at a time to the device that would be done soonest; where no device has room, the
-shortest chain of moves that makes room is looked for (augmenting paths, as in Kuhn's bipartite matching).
+Two ways of working it out, by the number of devices (`PlacementRules.few_nodes`)
+- Up to `few_nodes`: `placement_pieces.py`. Memory is tight, every copy counts, and a search for room (augmenting
+  paths) finds a place where a greedy rule does not. It deals in pieces of one common grid and its time grows fast.
+- More: `placement_spans.py`. Throughput counts. Every device holds one contiguous span on the model's cut points,
+  where coverage is thinnest, on array kernels that the fast simulator shares.
 
-`placement_inputs.py` says what it starts from; `placement_board.py` keeps the books while a placement is worked out;
-`placement_plan.py` turns the difference between what is and what should be into commands, in an order that never
-uncovers a layer without need.
+A fleet that grows or shrinks over the edge keeps what it has: spans adopt pieces of any grid on the cut points as they
+are, and the pieces' grid may be the finest, whose pieces are the spans' parts.
+
+`placement_inputs.py` says what it starts from; `placement_plan.py` turns the difference between what is and what should
+be into commands, in an order that never uncovers a layer without need.
 """
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 
-import msgspec
+from fallow.policy.placement_inputs import ModelNeed, NodeRoom, Placement, PlacementRules, once_placed
+from fallow.policy.placement_pieces import place_pieces
+from fallow.policy.placement_spans import place_spans
 
-from fallow.domain.ids import Digest, NodeId
-from fallow.domain.model import Span, StageSpec
-from fallow.policy.placement_board import Board, ModelNeed, NodeRoom, PlacementRules, grid_of
-from fallow.policy.placement_chains import makes_chain
+__all__ = ["Placement", "place"]
 
-SETTLE_ROUNDS_MAX = 4
+SETTLE_ROUNDS_MAX = 6
 """A placement is worked out from its own result until nothing changes, so that the next one changes nothing."""
-
-SLOWEST_STEP = 1.3
-"""A finer grid must make the slowest device sooner done by this factor to be worth its extra pieces."""
-
-
-class Placement(msgspec.Struct, frozen=True, kw_only=True):
-    """Where everything should be."""
-
-    stages: dict[NodeId, tuple[StageSpec, ...]]
-    """For every node that was asked about, in the catalogue's order."""
-    unplaceable: dict[Digest, str]
-    """Models that have no full set of pieces, and why; for people."""
 
 
 def place(models: Sequence[ModelNeed], nodes: Sequence[NodeRoom], rules: PlacementRules | None = None) -> Placement:
     """The placement to aim for, given what the nodes have now."""
     rules = rules or PlacementRules()
     ordered = sorted(nodes, key=lambda node: node.node)
-    result = _place_once(models, ordered, rules)
+    if len(ordered) <= rules.few_nodes:
+        return _settled(place_pieces, models, ordered, rules)
+    placed = place_spans(models, ordered, rules)
+    # It settles by itself, but for one thing: room may have been found for a model after it was given up.
+    return _settled(place_spans, models, ordered, rules) if placed.unplaceable else placed
+
+
+def _settled(
+    work_out: Callable[[Sequence[ModelNeed], Sequence[NodeRoom], PlacementRules], Placement],
+    models: Sequence[ModelNeed],
+    nodes: Sequence[NodeRoom],
+    rules: PlacementRules,
+) -> Placement:
+    needs = {need.model: need for need in models}
+    result = _without_leftovers(work_out(models, nodes, rules), nodes)
     for _ in range(SETTLE_ROUNDS_MAX):
-        settled = _place_once(models, [_with(node, result.stages) for node in ordered], rules)
+        hosting = [once_placed(node, result.stages[node.node], needs) for node in nodes]
+        settled = _without_leftovers(work_out(models, hosting, rules), nodes)
         if settled == result:
             break
         result = settled
     return result
 
 
-def _with(node: NodeRoom, stages: Mapping[NodeId, tuple[StageSpec, ...]]) -> NodeRoom:
-    return msgspec.structs.replace(node, hosted=stages[node.node])
-
-
-def _place_once(models: Sequence[ModelNeed], nodes: Sequence[NodeRoom], rules: PlacementRules) -> Placement:
-    board = Board(models, nodes, rules)
-    unplaceable: dict[Digest, str] = {}
-    for model in models:
-        board = _covered(board, model, unplaceable)
-    for model in models:
-        if model.model not in unplaceable:
-            board = _replicated(board, model)
-    for node in nodes:
-        if board.is_idle(node):
-            _employ(board, node, [model for model in models if model.model not in unplaceable])
-    return Placement(stages=board.stages(), unplaceable=unplaceable)
-
-
-def _covered(board: Board, model: ModelNeed, unplaceable: dict[Digest, str]) -> Board:
-    """First copies: whole on one device if it fits one, else cut."""
-    if board.whole_holders(model):
-        return board
-    node = board.best_whole_node(model, copy=1)
-    if node is not None:
-        board.put_whole(node, model, copy=1)
-        return board
-    cut = _best_cut(board, model)
-    if cut is not None:
-        return cut
-    unplaceable[model.model] = _why_not(board, model)
-    board.abandon(model)
-    return board
-
-
-def _replicated(board: Board, model: ModelNeed) -> Board:
-    """Further copies: whole ones where they fit, and a cut set beside them when whole ones are too few."""
-    rules = board.rules
-    while 0 < board.whole_holders(model) < rules.replicas:
-        node = board.best_whole_node(model, copy=rules.replicas)
-        if node is None:
-            break
-        board.put_whole(node, model, copy=rules.replicas)
-    if board.whole_holders(model) >= rules.replicas:
-        return board
-    if not board.whole_holders(model):
-        _fill(board, model, grid_of(model, board.grid_size(model)), copies=range(2, rules.replicas + 1))
-        return board
-    cut = _best_cut(board, model)
-    return board if cut is None else cut
-
-
-_Tried = dict[int, tuple[tuple[int, float, int, int], Board]]
-"""By grid size, the board it came to and what speaks for it: holders of the thinnest piece, holders a piece, minus how
-long the slowest device takes, minus the size."""
-
-
-def _best_cut(board: Board, model: ModelNeed) -> Board | None:
-    """The model's pieces handed out over the best grid, on a copy of the board; `None` when no grid covers it."""
-    rules = board.rules
-    tried: _Tried = {}
-    now = board.grid_size(model) if board.is_cut(model) else None
-    if now is not None and _try_grid(board, model, now, tried) and tried[now][0][0] >= rules.replicas:
-        return _trial(board, model, now, copies=range(1, board.whole_holders(model) + 2))
-    for size in range(2, min(rules.max_pieces, model.parts_max) + 1):
-        _try_grid(board, model, size, tried)
-    if not tried:
-        for size in range(rules.max_pieces + 1, model.parts_max + 1):
-            if _try_grid(board, model, size, tried):
-                break
-    if not tried:
-        return None
-    best = max(tried, key=lambda size: tried[size][0])
-    if now is not None and now in tried and tried[now][0][0] >= tried[best][0][0]:
-        best = now
-    return _trial(board, model, best, copies=range(1, board.whole_holders(model) + 2))
-
-
-def _try_grid(board: Board, model: ModelNeed, size: int, tried: _Tried) -> bool:
-    possible = board.may_cover(model, size)
-    trial = _trial(board, model, size, copies=range(1, board.rules.replicas + 1)) if possible else None
-    if trial is None:
-        return False
-    grid = grid_of(model, size)
-    if not trial.whole_holders(model) and not makes_chain(grid, {n.node: trial.pieces(n, model) for n in trial.nodes}):
-        return False
-    counts = [trial.holders(model, piece) for piece in grid]
-    thinnest = min(*counts, board.rules.replicas)
-    slowest = round(math.log(max(trial.slowest_s(model), 1e-9)) / math.log(SLOWEST_STEP))
-    tried[size] = ((thinnest, round(sum(counts) / size, 2), -slowest, -size), trial)
-    return True
-
-
-def _trial(board: Board, model: ModelNeed, size: int, copies: range) -> Board | None:
-    """A copy of the board with the model cut `size` times; `None` when a piece finds no device of its own."""
-    trial = board.copy()
-    trial.keep_only_grid(model, size)
-    grid = grid_of(model, size)
-    _fill(trial, model, grid, copies)
-    return trial if all(trial.cut_holders(model, piece) for piece in grid) else None
-
-
-def _fill(board: Board, model: ModelNeed, grid: tuple[Span, ...], copies: range) -> None:
-    """Give every piece its next copies: where there is room first, by making room after that."""
-    for copy in copies:
-        while True:
-            wanted = [piece for piece in grid if board.holders(model, piece) < copy]
-            if not wanted:
-                break
-            if not (board.put_best(model, wanted, copy) or any(board.make_room(model, p, copy) for p in wanted)):
-                break
-
-
-def _employ(board: Board, node: NodeRoom, models: Sequence[ModelNeed]) -> None:
-    """Something for a device that has nothing: a whole replica, or as many of the thinnest pieces as fit."""
-    for model in models:
-        if board.fits_whole(node, model):
-            board.put_whole(node, model, copy=board.rules.replicas)
-            return
-        grid = grid_of(model, board.grid_size(model))
-        while all(board.cut_holders(model, piece) for piece in grid):
-            fitting = [piece for piece in grid if board.fits(node, model, piece)]
-            if not fitting:
-                break
-            board.put(node, model, min(fitting, key=lambda piece: (board.holders(model, piece), piece)))
-        if not board.is_idle(node):
-            return
-
-
-def _why_not(board: Board, model: ModelNeed) -> str:
-    usable = [node for node in board.nodes if model.model not in node.barred]
-    if not board.nodes:
-        return "no device is present"
-    if not usable:
-        return f"every device present ({len(board.nodes)}) failed to load it a moment ago; their status says why"
-    room_mib = sum(node.weights_bytes for node in usable) / 2**20
-    limit = f", at most {board.rules.max_share:.0%} of its work each" if board.rules.max_share < 1 else ""
-    return (
-        f"its {model.layer_count} layers ({model.whole_bytes / 2**20:.0f} MiB) do not fit the {len(usable)} "
-        f"device{'s' if len(usable) > 1 else ''} present ({room_mib:.0f} MiB for weights{limit}): add devices or memory"
-    )
+def _without_leftovers(placement: Placement, nodes: Sequence[NodeRoom]) -> Placement:
+    """What an earlier round gave to a model that a later one had to give up is not placed: it would never be used."""
+    stages = {
+        node.node: tuple(
+            stage
+            for stage in placement.stages[node.node]
+            if stage.model not in placement.unplaceable or any(stage.model == held.model for held in node.hosted)
+        )
+        for node in nodes
+    }
+    return Placement(stages=stages, unplaceable=placement.unplaceable)

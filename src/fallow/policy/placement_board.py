@@ -1,6 +1,6 @@
 """The books of a placement being worked out: who holds what, who has room, and what may go to make room.
 
-Pure computation on a private copy. `placement.py` holds the rules that decide; this module knows sizes and counts.
+Pure computation on a private copy. `placement_pieces.py` holds the rules that decide; this knows sizes and counts.
 A model is held whole (one piece over all layers) or in pieces of its grid; a device never holds both of one model.
 """
 
@@ -11,11 +11,12 @@ from typing import NamedTuple
 
 from fallow.domain.ids import Digest, NodeId
 from fallow.domain.model import Span, StageSpec
-from fallow.policy.placement_inputs import ModelNeed, NodeRoom, PlacementRules, grid_of
+from fallow.policy.placement_inputs import ModelNeed, NodeRoom, PlacementRules, grid_of, may_hold, on_disk
 
 SCATTER_PENALTY = 1.5
 """How much later a device may be done and still be preferred, when it extends a run instead of starting another."""
 
+HOUR_SHARE_MIN = 0.05
 
 DISPLACED_MAX = 512
 """Held pieces that are considered for displacement before a search for room is given up."""
@@ -48,12 +49,17 @@ class Board:
         """Bytes of weights and of KV cache."""
         self._counts: Counter[tuple[Digest, Span]] = Counter()
         self._size: dict[tuple[Digest, Span], tuple[int, int]] = {}
+        self._missing: dict[tuple[NodeId, Digest, Span], int] = {}
         self._grid = {model.model: _grid_in_use(model, nodes) for model in models}
+        self._layer_s = {node.node: node.layer_s / max(node.hour_share, HOUR_SHARE_MIN) for node in nodes}
+        """A device that is here for half of the next hour counts as half as fast."""
         for node in nodes:
             for model in models:
                 self._adopt(node, model)
 
     def _adopt(self, node: NodeRoom, model: ModelNeed) -> None:
+        if not may_hold(node, model):
+            return
         lawful = (model.whole, *grid_of(model, self.grid_size(model)))
         for stage in node.hosted:
             for piece in stage.pieces if stage.model == model.model else ():
@@ -111,7 +117,7 @@ class Board:
         places = sum(
             min(int(self._work_max(model) / work), node.weights_bytes // weights, len(grid))
             for node in self.nodes
-            if model.model not in node.barred or self.pieces(node, model)
+            if self._takes(node, model) or self.pieces(node, model)
         )
         return places >= len(grid)
 
@@ -131,7 +137,30 @@ class Board:
         beside = [held for held in self.pieces(node, model) if (model.model, held) not in leaving]
         if any(held.first < piece.last and piece.first < held.last for held in beside):
             return False
-        return sum(map(model.work, beside)) + model.work(piece) <= self._work_max(model)
+        if sum(map(model.work, beside)) + model.work(piece) > self._work_max(model):
+            return False
+        return self._fits_disk(node, [*self._all_held(node, leaving), (model.model, piece)])
+
+    def _all_held(self, node: NodeRoom, leaving: Sequence[tuple[Digest, Span]] = ()) -> list[tuple[Digest, Span]]:
+        held = [(digest, piece) for digest, pieces in self._held[node.node].items() for piece in pieces]
+        return [item for item in held if item not in leaving]
+
+    def _fits_disk(self, node: NodeRoom, held: Sequence[tuple[Digest, Span]]) -> bool:
+        """Whether the files that are not on its disk yet have room there."""
+        if node.disk_free_bytes is None:
+            return True
+        return sum(self._missing_bytes(node, digest, piece) for digest, piece in held) <= node.disk_free_bytes
+
+    def _missing_bytes(self, node: NodeRoom, digest: Digest, piece: Span) -> int:
+        missing = self._missing.get((node.node, digest, piece))
+        if missing is None:
+            missing = 0 if on_disk(node, digest, piece) else self._need[digest].bytes_of(piece)
+            self._missing[node.node, digest, piece] = missing
+        return missing
+
+    def _takes(self, node: NodeRoom, model: ModelNeed) -> bool:
+        """Whether a device may get anything new of a model."""
+        return model.model not in node.barred and may_hold(node, model)
 
     def _work_max(self, model: ModelNeed) -> float:
         return self.rules.max_share * model.work(model.whole) + 1e-9
@@ -145,10 +174,10 @@ class Board:
         return size
 
     def fits(self, node: NodeRoom, model: ModelNeed, piece: Span) -> bool:
-        return model.model not in node.barred and self._has_room(node, model, piece)
+        return self._takes(node, model) and self._has_room(node, model, piece)
 
     def fits_whole(self, node: NodeRoom, model: ModelNeed) -> bool:
-        return model.model not in node.barred and self._has_room(node, model, model.whole, self._own(node, model))
+        return self._takes(node, model) and self._has_room(node, model, model.whole, self._own(node, model))
 
     def _own(self, node: NodeRoom, model: ModelNeed) -> list[tuple[Digest, Span]]:
         return [(model.model, piece) for piece in self.pieces(node, model)]
@@ -167,7 +196,7 @@ class Board:
 
     def _evictions(self, node: NodeRoom, model: ModelNeed, piece: Span, copy: int) -> list[tuple[Digest, Span]] | None:
         """What must go so that a piece fits: as few as possible, from the catalogue's end; `None` when it cannot."""
-        if model.model in node.barred:
+        if not self._takes(node, model):
             return None
         leaving = self._own(node, model) if piece == model.whole else []
         if self._has_room(node, model, piece, leaving):
@@ -205,15 +234,15 @@ class Board:
 
     def best_whole_node(self, model: ModelNeed, copy: int) -> NodeRoom | None:
         """The fastest device that the whole model fits, one where nothing of other models must go if there is any."""
-        offers: list[tuple[int, float, NodeId, NodeRoom]] = []
+        offers: list[tuple[int, bool, float, NodeId, NodeRoom]] = []
         for node in self.nodes:
             if model.whole in self.pieces(node, model):
                 continue
             leaving = self._evictions(node, model, model.whole, copy)
             if leaving is not None:
                 others = sum(digest != model.model for digest, _ in leaving)
-                offers.append((others, node.layer_s, node.node, node))
-        return min(offers, key=lambda offer: offer[:3])[3] if offers else None
+                offers.append((others, node.fleeting, self._layer_s[node.node], node.node, node))
+        return min(offers, key=lambda offer: offer[:4])[4] if offers else None
 
     def put_whole(self, node: NodeRoom, model: ModelNeed, copy: int) -> None:
         for digest, piece in self._evictions(node, model, model.whole, copy) or ():
@@ -222,7 +251,7 @@ class Board:
 
     def put_best(self, model: ModelNeed, wanted: Sequence[Span], copy: int) -> bool:
         """Place one of the wanted pieces on the device that would be done soonest. False when none has room."""
-        best: tuple[tuple[int, float, Span, NodeId], NodeRoom, Span, list[tuple[Digest, Span]]] | None = None
+        best: tuple[tuple[int, bool, float, Span, NodeId], NodeRoom, Span, list[tuple[Digest, Span]]] | None = None
         for node in self.nodes:
             mine = self.pieces(node, model)
             busy = sum(self._need[digest].work(p) for digest, held in self._held[node.node].items() for p in held)
@@ -230,10 +259,10 @@ class Board:
                 leaving = self._evictions(node, model, piece, copy) if piece not in mine else None
                 if leaving is None:
                     continue
-                done_s = (busy + model.work(piece)) * node.layer_s
+                done_s = (busy + model.work(piece)) * self._layer_s[node.node]
                 if mine and not any(held.last == piece.first or piece.last == held.first for held in mine):
                     done_s *= SCATTER_PENALTY
-                key = (len(leaving), done_s, piece, node.node)
+                key = (len(leaving), node.fleeting, done_s, piece, node.node)
                 if best is None or key < best[0]:
                     best = (key, node, piece, leaving)
         if best is None:
@@ -252,7 +281,7 @@ class Board:
         while paths and len(displaced) < DISPLACED_MAX:
             need, wanting, path = paths.popleft()
             for node in self.nodes:
-                if need.model in node.barred or wanting in self.pieces(node, need):
+                if not self._takes(node, need) or wanting in self.pieces(node, need):
                     continue
                 for digest, out in self._displaceable(node):
                     if (node.node, digest, out) in displaced:
@@ -290,7 +319,7 @@ class Board:
     def _is_lawful(self, node: NodeRoom) -> bool:
         """Whether what a node holds fits it. Swaps that were looked at one by one may not do so together."""
         weights, kv = self._used[node.node]
-        if weights > node.weights_bytes or kv > node.kv_bytes:
+        if weights > node.weights_bytes or kv > node.kv_bytes or not self._fits_disk(node, self._all_held(node)):
             return False
         for digest, pieces in self._held[node.node].items():
             need = self._need[digest]
@@ -312,7 +341,7 @@ class Board:
             if node.node != swap.node.node and piece not in self.pieces(node, model) and self.fits(node, model, piece)
         ]
         if offers:
-            self.put(min(offers, key=lambda node: (node.layer_s, node.node)), model, piece)
+            self.put(min(offers, key=lambda node: (self._layer_s[node.node], node.node)), model, piece)
         return bool(offers)
 
     def keep_only_grid(self, model: ModelNeed, size: int) -> None:

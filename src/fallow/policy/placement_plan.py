@@ -8,7 +8,7 @@ Rules
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import msgspec
 
@@ -36,22 +36,31 @@ class Move(msgspec.Struct, frozen=True, kw_only=True):
 def plan(nodes: Sequence[NodeNow], desired: Mapping[NodeId, tuple[StageSpec, ...]]) -> tuple[Move, ...]:
     """The moves to ask for now. A node that `desired` does not name is left alone, and counted on for nothing."""
     ordered = sorted((node for node in nodes if node.node in desired), key=lambda node: node.node)
-    ready = Counter(layer for node in ordered for stage in node.ready for layer in _layers(stage))
+    wishes = [(node, move) for node in ordered for move in _moves(node, desired[node.node])]
+    losses = [_ready_layers(node, move.model) - (_layers(move.stage) if move.stage else set()) for node, move in wishes]
+    ready = _ready_counts(ordered, {model for lost in losses for model, _ in lost})
     waiting: list[Move] = []
     going: list[Move] = []
-    for node in ordered:
-        for move in _moves(node, desired[node.node]):
-            lost = _ready_layers(node, move.model) - (_layers(move.stage) if move.stage else set())
-            if any(ready[layer] <= 1 for layer in lost):
-                waiting.append(move)
-            else:
-                ready.subtract(lost)
-                going.append(move)
-    under_way = any(set(node.asked) - set(node.ready) for node in ordered)
-    return tuple(going) if going or under_way else tuple(waiting[:1])
+    for (_, move), lost in zip(wishes, losses, strict=True):
+        if any(ready[layer] <= 1 for layer in lost):
+            waiting.append(move)
+        else:
+            ready.subtract(lost)
+            going.append(move)
+    if going or not waiting or any(stage not in node.ready for node in ordered for stage in node.asked):
+        return tuple(going)
+    return tuple(waiting[:1])
+
+
+def _ready_counts(nodes: Sequence[NodeNow], models: Collection[Digest]) -> Counter[tuple[Digest, int]]:
+    """How many nodes are ready with each layer of the models of which somebody is to lose one: mostly of none."""
+    stages = [stage for node in nodes for stage in node.ready if stage.model in models] if models else []
+    return Counter(layer for stage in stages for layer in _layers(stage))
 
 
 def _moves(node: NodeNow, desired: Sequence[StageSpec]) -> list[Move]:
+    if node.asked == tuple(desired):
+        return []
     wanted = {stage.model: stage for stage in desired}
     asked = {stage.model: stage for stage in node.asked}
     drops = [Move(node=node.node, model=model, stage=None) for model in asked if model not in wanted]

@@ -19,18 +19,23 @@ other carrier (label dominance for elementary shortest paths: Feillet et al. 200
 """
 
 import heapq
+import math
 from collections.abc import Iterable, Sequence
 
 import msgspec
 
 from fallow.domain.errors import KvExhausted, NoRoute
-from fallow.domain.fleet import Hop, RouteReply, RouteRequest, Speed
+from fallow.domain.fleet import Hop, Outlook, RouteReply, RouteRequest, Speed
 from fallow.domain.frames import PeerAddress
 from fallow.domain.ids import NodeId
 from fallow.domain.model import Span, StageSpec
 
 RTT_MAX_S = 60.0
 KV_ENDLESS_BYTES = 1 << 62
+ROWS_MAX = 16
+"""Rows of one call up to which more of them are thought to be cheaper by the row."""
+UNKNOWN_ROW_SHARE = 0.2
+"""What a further row costs of the first one, where nothing was measured."""
 
 
 class RoutingRules(msgspec.Struct, frozen=True, kw_only=True):
@@ -40,8 +45,19 @@ class RoutingRules(msgspec.Struct, frozen=True, kw_only=True):
     rtt_unknown_s: float = 0.002
     layer_unknown_s: float = 0.001
     carriers_per_piece_max: int = 8
-    labels_max: int = 20_000
+    labels_max: int = 2_000
     """Search steps after which carriers used so far are no longer told apart: bounded time before the last per cent."""
+    refresh_s: float = 3.0
+    """How often the weights of a cell are worked out anew."""
+    exact_carriers_max: int = 8
+    """With so few carriers every chain is looked at; with more, chains are drawn by their weights."""
+    chains_drawn: int = 8
+    session_s: float = 120.0
+    """How long a session stays, about: what a device's outlook is asked for."""
+    session_tokens: int = 200
+    """Tokens over which a repair's cost is spread."""
+    repair_s: float = 1.0
+    """What a repair costs its session."""
 
 
 class ModelShape(msgspec.Struct, frozen=True, kw_only=True):
@@ -62,6 +78,9 @@ class Carrier(msgspec.Struct, frozen=True, kw_only=True):
     sessions: int = 0
     kv_free_bytes: int = 0
     link_rtt_s: dict[NodeId, float] = {}
+    tokens_per_s: float = 0.0
+    """Rows computed a second, as its heartbeat says; 0: not told."""
+    outlook: Outlook | None = None
 
     @property
     def node(self) -> NodeId:
@@ -69,14 +88,20 @@ class Carrier(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def layer_s(speed: Speed | None, rows: int, unknown_s: float) -> float:
-    """Seconds that a layer takes for a call of `rows` rows: the measured points joined by lines, then proportional."""
+    """Seconds that a layer takes for a call of `rows` rows: the measured points joined by lines, the last line drawn
+    out to `ROWS_MAX` rows, and proportional beyond."""
     if speed is None:
-        return unknown_s * (1 + 0.2 * (rows - 1))
+        return unknown_s * (1 + UNKNOWN_ROW_SHARE * (rows - 1))
     if rows <= 4:
         return speed.layer_s_1 + (speed.layer_s_4 - speed.layer_s_1) * (rows - 1) / 3
-    if rows <= 8:
+    if rows <= ROWS_MAX:
         return speed.layer_s_4 + (speed.layer_s_8 - speed.layer_s_4) * (rows - 4) / 4
-    return speed.layer_s_8 * rows / 8
+    return layer_s(speed, ROWS_MAX, unknown_s) * rows / ROWS_MAX
+
+
+def layers_per_s(speed: Speed | None, unknown_s: float) -> float:
+    """What a device computes at best: layers a second times the rows of a call, at `ROWS_MAX` rows."""
+    return ROWS_MAX / max(layer_s(speed, ROWS_MAX, unknown_s), 1e-9)
 
 
 def compute_s(carrier: Carrier, span: Span, shape: ModelShape, rules: RoutingRules) -> float:
@@ -87,12 +112,10 @@ def compute_s(carrier: Carrier, span: Span, shape: ModelShape, rules: RoutingRul
 
 def rtt_s(one: Carrier, other: Carrier, rules: RoutingRules) -> float:
     """The round trip between two carriers as either of them measured it."""
-    seen = [
-        rtt
-        for rtt in (one.link_rtt_s.get(other.node), other.link_rtt_s.get(one.node))
-        if rtt is not None and 0 <= rtt <= RTT_MAX_S
-    ]
-    return min(seen, default=rules.rtt_unknown_s)
+    there_s = one.link_rtt_s.get(other.address.node, math.inf)
+    back_s = other.link_rtt_s.get(one.address.node, math.inf)
+    seen_s = there_s if there_s < back_s else back_s
+    return seen_s if 0 <= seen_s <= RTT_MAX_S else rules.rtt_unknown_s
 
 
 def hop_s(
@@ -115,13 +138,36 @@ def route(
         repaired = _search(request, shape, usable, request.keep, rules)
         if repaired is not None:
             return RouteReply(hops=repaired)
-    hops = _search(request, shape, usable, (), rules)
+    hops = _search(request, shape, usable, (), rules) if _reachable(request, shape, usable) else None
     if hops is not None:
         return RouteReply(hops=hops)
+    return refusal(request, shape, carriers, rules)
+
+
+def refusal(request: RouteRequest, shape: ModelShape, carriers: Sequence[Carrier], rules: RoutingRules) -> RouteReply:
+    """Why there is no chain, for a request for which none was found."""
+    usable = [carrier for carrier in carriers if carrier.node not in request.exclude]
     endless = [msgspec.structs.replace(carrier, kv_free_bytes=KV_ENDLESS_BYTES) for carrier in usable]
-    only_full = _search(request, shape, endless, (), rules) is not None
+    only_full = _reachable(request, shape, endless) and (
+        len(usable) > rules.exact_carriers_max or _search(request, shape, endless, (), rules) is not None
+    )
     code = KvExhausted.code if only_full else NoRoute.code
     return RouteReply(error=_why_not(request, shape, usable), code=code)
+
+
+def _reachable(request: RouteRequest, shape: ModelShape, carriers: Sequence[Carrier]) -> bool:
+    """Whether there would be a chain if carriers might come twice: tells quickly that there is none, as a rule."""
+    ends: dict[int, set[int]] = {}
+    for carrier in carriers:
+        for start in {piece.first for piece in carrier.stage.pieces}:
+            for run in runs_from(carrier.stage, start):
+                if kv_bytes(run, request.reserve_tokens, shape) <= carrier.kv_free_bytes:
+                    ends.setdefault(start, set()).add(run.last)
+    reached = {0}
+    for start in sorted(ends):
+        if start in reached:
+            reached |= ends[start]
+    return shape.layer_count in reached
 
 
 def _consistent(request: RouteRequest, shape: ModelShape) -> bool:
@@ -195,7 +241,7 @@ def _spans_by_start(
             wall = next((wall for wall in walls if wall > start), shape.layer_count)
             spans = [
                 span
-                for span in _runs_from(carrier.stage, start)
+                for span in runs_from(carrier.stage, start)
                 if span.last <= wall and kv_bytes(span, request.reserve_tokens, shape) <= carrier.kv_free_bytes
             ]
             if spans:
@@ -207,7 +253,7 @@ def _spans_by_start(
     }
 
 
-def _runs_from(stage: StageSpec, start: int) -> list[Span]:
+def runs_from(stage: StageSpec, start: int) -> list[Span]:
     """Every run of adjacent pieces that starts at `start`, shortest first."""
     runs: list[Span] = []
     edge = start

@@ -1,0 +1,180 @@
+"""Which hops carry a given load with the fewest hops: a linear programme over kinds of devices. Pure.
+
+Devices that hold the same pieces are interchangeable for a flow, so they are one *kind* with the sum of their rates,
+and the programme does not grow with the fleet: at most 78 kinds of contiguous spans over 12 parts. An *arc* is a kind
+and a run of its pieces. The programme minimises the arcs that a session uses, where
+
+- what enters an edge between pieces leaves it again, and one unit goes from the first edge to the last;
+- no kind works more than its cap, which is set below its rate to leave room for chance;
+- what cannot be carried at all is paid for dearly and told as `unserved`.
+
+It is solved by Mehrotra's predictor-corrector interior point method (SIAM J. Optim. 1992), which ends near the centre
+of the best face: load is spread over equal choices rather than heaped on one of them, as a vertex would have it.
+"""
+
+from collections.abc import Sequence
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from fallow.domain.model import Span
+
+KINDS_MAX = 128
+ARCS_MAX = 4096
+"""Kinds with the least rate are left out beyond either bound: they then serve no sampled chain."""
+ROUNDS_MAX = 60
+GAP_MAX = 1e-5
+"""Relative duality gap at which the programme counts as solved."""
+UNSERVED_HOPS = 100.0
+SHARE_MIN = 1e-5
+"""Arcs that would carry less of the sessions are left out."""
+STEP_SHARE = 0.995
+RIDGE = 1e-12
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+
+
+class Kind(msgspec.Struct, frozen=True):
+    """Devices that hold the same pieces."""
+
+    pieces: tuple[Span, ...]
+    """Ascending, in layers."""
+    cap: float
+    """Layers of work a second that they may be given together."""
+
+
+class HopFlow(msgspec.Struct, frozen=True, kw_only=True):
+    """Arcs that carry the load."""
+
+    edges: tuple[int, ...]
+    """Layers at which some arc starts or ends, ascending; the first is 0 and the last the model's layer count."""
+    kind: Ints
+    """For each arc, the index of its kind."""
+    start: Ints
+    end: Ints
+    """Its edges, as indices into `edges`."""
+    share: Floats
+    """Which share of the sessions that are served use it, more than 0."""
+    unserved: float
+    """The share of the load that no arcs could carry."""
+
+    @property
+    def hops_mean(self) -> float:
+        return float(self.share.sum())
+
+
+def fewest_hops(kinds: Sequence[Kind], work: Sequence[float], rows_per_s: float) -> HopFlow:
+    """The flow that serves `rows_per_s` with the fewest hops. `work`: layers of work of every layer, the head's in the
+    last. Raises `ValueError` for a load that is not positive."""
+    if not rows_per_s > 0 or not work:
+        raise ValueError(f"expected a load above 0 rows a second over 1 layer or more, got {rows_per_s}, {len(work)}")
+    edges, kind, start, end = _arcs(kinds, len(work))
+    done = np.concatenate(([0.0], np.cumsum(work)))[np.array(edges)]
+    arcs = len(kind)
+    used = np.unique(kind)
+    row_of = np.zeros(len(kinds), np.int64)
+    row_of[used] = np.arange(len(used))
+    columns = np.arange(arcs)
+    inner = len(edges) - 1
+    # Rows: flow at every edge but the last, then work of every kind. Columns: arcs, the unserved share, slack.
+    matrix = np.zeros((inner + len(used), arcs + 1 + len(used)))
+    matrix[start, columns] += 1.0
+    ends_inside = end < inner
+    matrix[end[ends_inside], columns[ends_inside]] -= 1.0
+    matrix[0, arcs] = 1.0
+    scale = np.array([max(kinds[index].cap, 1e-9) for index in used]) / rows_per_s
+    matrix[inner + row_of[kind], columns] = (done[end] - done[start]) / scale[row_of[kind]]
+    matrix[inner + np.arange(len(used)), arcs + 1 + np.arange(len(used))] = 1.0
+    right = np.concatenate(([1.0], np.zeros(inner - 1), np.ones(len(used))))
+    cost = np.concatenate((np.ones(arcs), [UNSERVED_HOPS], np.zeros(len(used))))
+    solution = interior_point(matrix, right, cost)
+    unserved = float(np.clip(solution[arcs], 0.0, 1.0))
+    share = np.maximum(solution[:arcs], 0.0) / max(1.0 - unserved, SHARE_MIN)
+    kept = share > SHARE_MIN
+    return HopFlow(edges=edges, kind=kind[kept], start=start[kept], end=end[kept], share=share[kept], unserved=unserved)
+
+
+def _arcs(kinds: Sequence[Kind], layer_count: int) -> tuple[tuple[int, ...], Ints, Ints, Ints]:
+    """Every run of pieces of every kind, within the bounds."""
+    chosen: list[tuple[int, int, int]] = []
+    ranked = sorted(range(len(kinds)), key=lambda index: (-kinds[index].cap, kinds[index].pieces))
+    for index in ranked[:KINDS_MAX]:
+        runs = runs_of(kinds[index].pieces, ARCS_MAX - len(chosen))
+        chosen += [(index, run.first, run.last) for run in runs or () if run.last <= layer_count]
+    edges = sorted({0, layer_count, *(edge for _, first, last in chosen for edge in (first, last))})
+    at = {edge: position for position, edge in enumerate(edges)}
+    table = np.array([(index, at[first], at[last]) for index, first, last in chosen], np.int64).reshape(-1, 3)
+    return tuple(edges), table[:, 0], table[:, 1], table[:, 2]
+
+
+def runs_of(pieces: Sequence[Span], runs_max: int) -> list[Span] | None:
+    """Every run of adjacent pieces, or `None` when there are more than `runs_max`."""
+    runs: list[Span] = []
+    for index, piece in enumerate(pieces):
+        edge = piece.first
+        for after in pieces[index:]:
+            if after.first != edge:
+                break
+            edge = after.last
+            runs.append(Span(piece.first, edge))
+            if len(runs) > runs_max:
+                return None
+    return runs
+
+
+def interior_point(matrix: Floats, right: Floats, cost: Floats) -> Floats:
+    """Minimise cost @ x with matrix @ x = right, x >= 0: Mehrotra's method with his starting point.
+
+    `matrix` [m, n] of full row rank with m far below n. Gives x [n], after `ROUNDS_MAX` rounds at the latest.
+    """
+    x, y, s = _start(matrix, right, cost)
+    for _ in range(ROUNDS_MAX):
+        primal = right - matrix @ x
+        dual = cost - matrix.T @ y - s
+        gap = float(x @ s) / len(x)
+        if gap * len(x) <= GAP_MAX * (1.0 + abs(float(cost @ x))) and float(np.abs(primal).max()) <= GAP_MAX:
+            break
+        ratio = x / s
+        normal = (matrix * ratio) @ matrix.T
+        normal[np.diag_indices_from(normal)] += RIDGE * (1.0 + np.diag(normal))
+
+        def towards(
+            centred: Floats, normal: Floats = normal, ratio: Floats = ratio, primal: Floats = primal,
+            dual: Floats = dual, x: Floats = x, s: Floats = s,
+        ) -> tuple[Floats, Floats, Floats]:  # fmt: skip
+            """Newton's step for x * s = `centred`."""
+            rest = (centred - x * s) / s
+            step_y = np.asarray(np.linalg.solve(normal, primal + matrix @ (ratio * dual - rest)), np.float64)
+            step_s = dual - matrix.T @ step_y
+            return rest - ratio * step_s, step_y, step_s
+
+        ahead_x, _, ahead_s = towards(np.zeros_like(x))
+        reach = (x + _longest(x, ahead_x) * ahead_x) @ (s + _longest(s, ahead_s) * ahead_s) / len(x)
+        centre = (float(reach) / gap) ** 3 * gap
+        step_x, step_y, step_s = towards(centre - ahead_x * ahead_s)
+        if not (np.isfinite(step_x).all() and np.isfinite(step_s).all()):
+            break
+        x = x + STEP_SHARE * _longest(x, step_x) * step_x
+        along = STEP_SHARE * _longest(s, step_s)
+        y, s = y + along * step_y, s + along * step_s
+    return x
+
+
+def _start(matrix: Floats, right: Floats, cost: Floats) -> tuple[Floats, Floats, Floats]:
+    square = matrix @ matrix.T
+    square[np.diag_indices_from(square)] += RIDGE * (1.0 + np.diag(square))
+    x = matrix.T @ np.linalg.solve(square, right)
+    y = np.asarray(np.linalg.solve(square, matrix @ cost), np.float64)
+    s = cost - matrix.T @ y
+    x = x + max(-1.5 * float(x.min()), 0.0) + 1e-6
+    s = s + max(-1.5 * float(s.min()), 0.0) + 1e-6
+    product = float(x @ s)
+    return x + 0.5 * product / float(s.sum()), y, s + 0.5 * product / float(x.sum())
+
+
+def _longest(value: Floats, step: Floats) -> float:
+    """How far `value` can go along `step`, 1 at most, and stay above 0."""
+    falling = step < 0
+    return min(1.0, float((-value[falling] / step[falling]).min())) if falling.any() else 1.0
