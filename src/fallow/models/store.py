@@ -27,6 +27,8 @@ from fallow.domain.ids import Digest, ModelName
 from fallow.domain.model import BLOB_CHUNK_BYTES, BlobRef, Manifest
 from fallow.models.manifest import blob_refs, check_blob_ref, check_name, decode_manifest, encode_manifest
 
+MANIFEST_BEGINS = b'{"bos_token_id":'
+"""Manifests are canonical: the first key is always the same, and no other file begins so."""
 _DIGEST_PATTERN = re.compile(r"[0-9a-f]{64}")
 
 
@@ -141,6 +143,15 @@ class Store:
         for _, digest in sorted(self._indexed().items()):
             with contextlib.suppress(UnknownModel, ModelError, BlobCorrupt):
                 found.append((digest, self.manifest(digest)))
+        return found
+
+    def manifests(self) -> list[tuple[Digest, Manifest]]:
+        """Every manifest that is here, whether a name refers to it or not: a device keeps its models without names."""
+        found: list[tuple[Digest, Manifest]] = []
+        for path in sorted(self._files()):
+            with contextlib.suppress(OSError, UnknownModel, ModelError, BlobCorrupt):
+                if is_digest(path.name) and _begins_like_a_manifest(path):
+                    found.append((Digest(path.name), self.manifest(Digest(path.name))))
         return found
 
     def by_name(self, name: str) -> tuple[Digest, Manifest]:
@@ -342,6 +353,11 @@ class PartialBlob:
                 if not chunk:
                     return
                 self._present[index] = hashlib.sha256(chunk).hexdigest() == expected
+
+
+def _begins_like_a_manifest(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(len(MANIFEST_BEGINS)) == MANIFEST_BEGINS
 
 
 def _digests_of(digest: Digest, manifest: Manifest) -> set[str]:

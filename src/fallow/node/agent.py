@@ -5,6 +5,7 @@ Rules
   in `HEARTBEAT_GAP_S`.
 - It obeys the coordinator's orders about what to host, and nobody else's about anything. Whom it serves is the session
   frames' business (`stages.py`).
+- Orders of a coordinator that has been replaced are refused: those of a lower epoch than was heard of.
 - When the engine is lost, sessions are told at once, and the engine is started again after a pause that grows with each
   loss in a row; then what was hosted is loaded again.
 - `drain` leaves politely: no new sessions, gateways are asked to move theirs, and there is time for them to do so.
@@ -22,7 +23,15 @@ import msgspec
 
 from fallow.domain.clock import Clock
 from fallow.domain.errors import FabricError, FallowError
-from fallow.domain.fleet import Accepted, Heartbeat, NodeCommand, NodeLeaving, Subjects
+from fallow.domain.fleet import (
+    Accepted,
+    Heartbeat,
+    LeaderChanged,
+    NodeCommand,
+    NodeLeaving,
+    StageStatus,
+    Subjects,
+)
 from fallow.domain.frames import Chunk, FetchChunk, Frame
 from fallow.domain.ids import NodeId
 from fallow.engine.contract import StageEngine
@@ -30,8 +39,11 @@ from fallow.fabric.contract import Bus, LinkEndpoint, Subscription
 from fallow.fabric.peers import Peers
 from fallow.models.store import Store
 from fallow.node.fetch import ChunkServer, Fetcher
+from fallow.node.history import StayHistory
 from fallow.node.hosting import Hosting
+from fallow.node.shelf import Shelf, ShelfReader
 from fallow.node.stages import StageRelay
+from fallow.policy.liveness import Liveness
 
 HEARTBEAT_GAP_S = 0.02
 RESTART_PAUSE_S = 0.1
@@ -39,6 +51,9 @@ RESTART_PAUSE_MAX_S = 30.0
 STABLE_S = 30.0
 """An engine that ran for so long starts with a clean slate."""
 LINKS_TOLD_MAX = 256
+HISTORY_LOOK_S = 60.0
+SHELF_LOOK_S = 300.0
+"""The room left on the disk is looked up so often; what is cached, when a stage has become ready or failed, too."""
 DRAIN_POLL_S = 0.05
 COMMAND_MAX_BYTES = 1 << 20
 
@@ -60,6 +75,8 @@ class AgentConfig(msgspec.Struct, frozen=True, kw_only=True):
     heartbeat_interval_s: float = 1.0
     drain_timeout_s: float = 10.0
     version: str = ""
+    region: str = ""
+    """Where its owner says that it is."""
 
 
 class Agent:
@@ -71,7 +88,7 @@ class Agent:
 
     def __init__(
         self, config: AgentConfig, node: NodeId, bus: Bus, endpoint: LinkEndpoint, engine: StageEngine, store: Store,
-        clock: Clock,
+        clock: Clock, *, history: StayHistory | None = None, liveness: Liveness = Liveness(),  # noqa: B008 (frozen)
     ) -> None:  # fmt: skip
         self._config = config
         self.node = node
@@ -80,11 +97,20 @@ class Agent:
         self._engine = engine
         self._clock = clock
         self._subjects = Subjects(config.cell)
-        self.peers = Peers(endpoint, clock, role="node", on_frame=self._on_frame, on_lost=self._on_lost)
+        self._history = history
+        self.peers = Peers(
+            endpoint, clock, role="node", on_frame=self._on_frame, on_lost=self._on_lost, liveness=liveness
+        )
         self.relay = StageRelay(engine, self.peers, clock, config.log_budget_bytes)
         self._server = ChunkServer(store, self.peers)
         self._fetcher = Fetcher(store, self.peers)
         self.hosting = Hosting(engine, store, self._fetcher, clock, self._changed)
+        self._shelf = Shelf()
+        self._shelf_reader = ShelfReader(store)
+        self._shelf_stale = asyncio.Event()
+        self._settled: frozenset[object] = frozenset()
+        self._epoch = 0
+        """The highest of a coordinator that was heard of."""
         self._boot = secrets.token_hex(8)
         self._sequence = 0
         self._draining = False
@@ -102,9 +128,14 @@ class Agent:
         for subject, handler in (
             (self._subjects.command(self.node), self._on_command),
             (self._subjects.hello, self._on_hello),
+            (self._subjects.leader, self._on_leader),
         ):
             self._subscriptions.append(await self._bus.subscribe(subject, handler))
+        if self._history is not None:
+            self._history.begin()
+            self._spawn(self._keep_history(self._history))
         self._spawn(self._watch_engine())
+        self._spawn(self._watch_shelf())
         self._spawn(self._beat())
 
     async def drain(self) -> None:
@@ -118,6 +149,8 @@ class Agent:
         while self.relay.session_count and self._clock.monotonic_s() < deadline_s:
             await self._clock.sleep(DRAIN_POLL_S)
         await self._say_goodbye()
+        if self._history is not None:
+            self._history.end()
         await self.close()
 
     async def _say_goodbye(self) -> None:
@@ -168,6 +201,10 @@ class Agent:
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             log.warning("bad_message: an order that cannot be read was refused: %s", error)
             return msgspec.json.encode(Accepted(ok=False, message=f"the order cannot be read: {error}"))
+        if command.epoch < self._epoch:
+            refusal = f"an order of epoch {command.epoch} came after epoch {self._epoch} was heard of"
+            return msgspec.json.encode(Accepted(ok=False, message=refusal, epoch=self._epoch))
+        self._epoch = command.epoch
         if self._draining:
             return msgspec.json.encode(Accepted(ok=False, message="this device is leaving"))
         return msgspec.json.encode(self.hosting.order(command))
@@ -175,8 +212,19 @@ class Agent:
     async def _on_hello(self, _: str, __: bytes) -> None:
         self._changed()
 
+    async def _on_leader(self, _: str, message: bytes) -> None:
+        self._epoch = max(self._epoch, msgspec.json.decode(message, type=LeaderChanged).epoch)
+
     def _changed(self) -> None:
         self._beat_now.set()
+        settled = frozenset(
+            (stage.stage, stage.status)
+            for stage in self.hosting.hosted()
+            if stage.status in (StageStatus.READY, StageStatus.FAILED)
+        )
+        if settled != self._settled:
+            self._settled = settled
+            self._shelf_stale.set()
 
     async def _beat(self) -> None:
         while True:
@@ -216,7 +264,36 @@ class Agent:
             link_rtt_s={peer: rtt_s for peer, rtt_s in rtts.items() if rtt_s is not None},
             draining=self._draining,
             version=self._config.version,
+            region=self._config.region,
+            disk_free_bytes=self._shelf.disk_free_bytes,
+            cached=self._shelf.cached,
+            outlook=None if self._history is None else self._history.outlook(),
         )
+
+    # --- what the device knows of itself --------------------------------------------------------
+
+    async def _keep_history(self, history: StayHistory) -> None:
+        while True:
+            await self._clock.sleep(HISTORY_LOOK_S)
+            if history.look():
+                await history.save()
+
+    async def _watch_shelf(self) -> None:
+        while True:
+            self._shelf_stale.clear()
+            try:
+                shelf = await self._shelf_reader.read({stage.stage.model for stage in self.hosting.hosted()})
+            except (FallowError, OSError) as error:
+                log.warning("the model files on this disk could not be listed: %s", error)
+            else:
+                if shelf.cached != self._shelf.cached:
+                    self._beat_now.set()
+                self._shelf = shelf
+            try:
+                async with asyncio.timeout(SHELF_LOOK_S):
+                    await self._shelf_stale.wait()
+            except TimeoutError:
+                pass
 
     # --- the engine -----------------------------------------------------------------------------
 
