@@ -29,6 +29,8 @@ from fallow.policy.rate_limit import KeyLimits
 ENV_PREFIX: Final = "FALLOW_"
 FILE_NAME: Final = "fallow.toml"
 FILE_MAX_BYTES: Final = 1 << 20
+LIST_SEPARATOR: Final = ";"
+"""Between the entries of a list that is given as text, in an environment variable or a flag."""
 KEYS_MAX: Final = 1_000
 SECRET_SETTINGS: Final = frozenset({"bus.url", "bus.system_url", "gateway.keys"})
 """Never shown in full: urls hold passwords."""
@@ -38,6 +40,8 @@ Count = Annotated[int, msgspec.Meta(ge=1)]
 Bytes = Annotated[int, msgspec.Meta(ge=1)]
 Share = Annotated[float, msgspec.Meta(gt=0, le=1)]
 CellName = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9_-]{1,32}$")]
+Region = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9_-]{1,40}$")]
+Declarations = Annotated[tuple[Annotated[str, msgspec.Meta(max_length=100)], ...], msgspec.Meta(max_length=50)]
 KeyHash = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}$")]
 
 
@@ -82,6 +86,12 @@ class GatewayConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     """`ip:port` to listen on for devices that fetch model files; `None`: beside the bus."""
     keys: Annotated[tuple[ApiKey, ...], msgspec.Meta(max_length=KEYS_MAX)] = ()
     """Without any, everyone who reaches the port may ask."""
+    wait_max_s: Annotated[float, msgspec.Meta(gt=0, le=300)] = 10.0
+    """How long a request may wait for its turn; one that would wait longer is told at once when to come again."""
+    waiting_max: Count = 512
+    """Requests that may wait at once."""
+    answers_max: Count = 256
+    """Answers that may be generated at once, however well the devices bear it."""
 
 
 class PlacementConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -93,6 +103,15 @@ class PlacementConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     """Devices that should hold each piece of a model that is cut."""
     context_tokens: Count = 2048
     """A device must have room for a session of so many tokens."""
+
+
+class CoordinatorsConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Who knows the devices, places models and routes."""
+
+    standbys: Annotated[int, msgspec.Meta(ge=0, le=4)] = 1
+    """Coordinators that `fallow up` starts besides the one that leads; one takes over when that is lost."""
+    name: str | None = None
+    """What people call this one; `None`: the host's name."""
 
 
 class NodeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -108,6 +127,14 @@ class NodeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """`None`: one for each core."""
     listen: str | None = None
     """`ip:port` for links; `None`: loopback when the bus is there, else every interface, any port."""
+    region: Region | None = None
+    """Where the device is, for models that must stay in a region; `None`: not said."""
+    available: Declarations = ()
+    """When it is usually free, such as `"mon-fri 18:00-08:00"`: evidence for how long it will stay, no restriction."""
+    departs: Declarations = ()
+    """When it usually leaves, such as `"mon-fri 07:45"` for a car."""
+    nearest_cell: bool = False
+    """Join whichever cell on the bus is nearest and has room, `cell` being the one to prefer when they are alike."""
 
 
 class LinksConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -136,6 +163,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     bus: BusConfig = BusConfig()
     gateway: GatewayConfig = GatewayConfig()
     placement: PlacementConfig = PlacementConfig()
+    coordinator: CoordinatorsConfig = CoordinatorsConfig()
     node: NodeConfig = NodeConfig()
     links: LinksConfig = LinksConfig()
     models: ModelsConfig = ModelsConfig()
@@ -206,6 +234,8 @@ def _variable(name: str) -> str:
 
 
 def _as_text(value: Any) -> str:
+    if isinstance(value, tuple):
+        return LIST_SEPARATOR.join(value)
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
@@ -291,10 +321,17 @@ def _parse(name: str, value: Any, kind: Any, source: str) -> Any:
             value = parse_size(value)
         except ValueError as error:
             raise ConfigError(f"{name} from {source}: {error}.") from error
+    if kind is Declarations and isinstance(value, str):
+        value = [part.strip() for part in value.split(LIST_SEPARATOR) if part.strip()]
+        return _convert(name, value, kind, source)
     if isinstance(value, Path):
         value = str(value)
     if _is_path(kind) and isinstance(value, str):
         return Path(value).expanduser()
+    return _convert(name, value, kind, source)
+
+
+def _convert(name: str, value: Any, kind: Any, source: str) -> Any:
     try:
         # Environment variables are text; numbers and truth values in them are meant as such.
         return msgspec.convert(value, kind, strict=not isinstance(value, str))

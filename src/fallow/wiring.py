@@ -14,9 +14,9 @@ from fallow.domain.clock import Clock
 from fallow.domain.errors import ConfigError
 from fallow.domain.fleet import Subjects
 from fallow.engine.contract import StageEngine
-from fallow.fabric.contract import Bus, LinkEndpoint, PresenceWatcher
+from fallow.fabric.contract import Bus, LeaseKey, LinkEndpoint, PresenceWatcher
 from fallow.node.identity import Identity, load_or_create
-from fallow.system_clock import SystemClock
+from fallow.system_clock import SystemClock, WakingClock
 
 LOOPBACK_LINKS: Final = "127.0.0.1:0"
 OPEN_LINKS: Final = "0.0.0.0:0"
@@ -26,6 +26,11 @@ PORT_MAX: Final = 65535
 def clock() -> Clock:
     """The machine's time."""
     return SystemClock()
+
+
+def lease_clock() -> Clock:
+    """Time for leases: it goes on while the machine sleeps."""
+    return WakingClock()
 
 
 def subjects(config: Config) -> Subjects:
@@ -50,6 +55,15 @@ async def open_bus(config: Config, name: str) -> Bus:
     from fallow.fabric.nats_bus import NatsBus
 
     return await NatsBus.connect(bus_url(config), name)
+
+
+async def open_lease(config: Config, bus: Bus, ttl_s: float) -> LeaseKey:
+    """The key by which a coordinator of the cell leads. Raises `LeaseUnsupported`, `BusTimeout`, `BusUnavailable`."""
+    from fallow.fabric.nats_bus import NatsBus
+    from fallow.fabric.nats_lease import NatsLease
+
+    assert isinstance(bus, NatsBus)
+    return await NatsLease.open(bus, f"fallow_{config.cell}", "leader", ttl_s)
 
 
 def presence_watcher(config: Config) -> PresenceWatcher | None:

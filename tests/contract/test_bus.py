@@ -12,6 +12,7 @@ import pytest
 
 from fallow.domain.errors import BusMessageError, BusTimeout, BusUnavailable, ConfigError
 from fallow.fabric import broker as broker_module
+from fallow.fabric import disconnects
 from fallow.fabric.broker import Broker, ServerBinary, find_server
 from fallow.fabric.contract import MAX_BUS_MESSAGE_BYTES, Bus, PresenceWatcher
 from fallow.fabric.disconnects import NatsPresence
@@ -121,6 +122,33 @@ def test_requests_are_answered_refused_or_time_out(adapter: str, tmp_path: Path)
                 await a.request("void", b"", 0.1)
             with pytest.raises(BusUnavailable, match="nobody"):
                 await a.request("nowhere", b"", 5)
+
+    asyncio.run(main())
+
+
+def test_a_subscription_handles_as_many_messages_at_once_as_it_asked_for(adapter: str, tmp_path: Path) -> None:
+    async def main() -> None:
+        async with rig(adapter, tmp_path) as r:
+            a, b = await r.connect(), await r.connect()
+            begun: list[bytes] = []
+            go_on = {message: asyncio.Event() for message in (b"1", b"2", b"3")}
+
+            async def wait(_: str, message: bytes) -> bytes:
+                begun.append(message)
+                await go_on[message].wait()
+                return message
+
+            await b.subscribe("slow", wait, at_once=2)
+            answers = {m: asyncio.create_task(a.request("slow", m, 5)) for m in go_on}
+            await eventually(lambda: len(begun) == 2)
+            go_on[b"2"].set()
+            assert await answers[b"2"] == b"2", "the second does not wait for the first"
+            await eventually(lambda: len(begun) == 3)
+            assert begun == [b"1", b"2", b"3"], "the third began when there was room, in order"
+            assert not answers[b"1"].done()
+            go_on[b"1"].set()
+            go_on[b"3"].set()
+            assert [await answers[b"1"], await answers[b"3"]] == [b"1", b"3"]
 
     asyncio.run(main())
 
@@ -245,6 +273,30 @@ def test_a_lost_client_is_reported_once_and_a_reconnected_one_is_not(adapter: st
             await twin.close()
             await eventually(lambda: gone == [late, early])
             await presence.close()
+
+    asyncio.run(main())
+
+
+def test_whoever_was_connected_before_is_known_however_many_they_are(
+    adapter: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(disconnects, "CONNECTIONS_PAGE", 2)
+
+    async def main() -> None:
+        async with rig(adapter, tmp_path) as r:
+            for index in range(4):
+                await r.connect(f"other-{index}")
+            twins = [await r.connect("twin"), await r.connect("twin")]
+            lost: list[str] = []
+            watcher = r.presence()
+            await watcher.start(lambda name, _: lost.append(name))
+            await twins[0].close()
+            await (await r.connect("marker")).close()
+            await eventually(lambda: "marker" in lost)
+            assert "twin" not in lost, "the other one is still here"
+            await twins[1].close()
+            await eventually(lambda: "twin" in lost)
+            await watcher.close()
 
     asyncio.run(main())
 

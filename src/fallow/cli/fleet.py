@@ -33,11 +33,15 @@ def up(
         bool | None,
         typer.Option("--default-model/--no-default-model", help="Import the default model when there is none yet."),
     ] = None,
+    standbys: Annotated[
+        int | None,
+        typer.Option("--standbys", help="Coordinators that stand by to take over from the leading one; 1 otherwise."),
+    ] = None,
     state_dir: StateDir = None,
     config: ConfigFile = None,
     verbose: Verbose = False,
 ) -> None:
-    """Start the service on this machine: control bus, coordinator, gateway and, if you like, devices.
+    """Start the service on this machine: control bus, coordinators, gateway and, if you like, devices.
 
     The first start fetches a small default model (98 MB). When everything runs, the API's address and the command with
     which other devices join are printed. Processes that die are started again. Ctrl-C stops everything.
@@ -62,6 +66,7 @@ def up(
             "gateway.port": port,
             "node.memory_bytes": memory,
             "placement.max_share": max_share,
+            "coordinator.standbys": standbys,
             "models.import_default": default_model,
             "state_dir": state_dir,
         },

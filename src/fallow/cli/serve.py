@@ -20,10 +20,11 @@ def coordinator(
     log_file: LogFile = None,
     parent: ParentPid = None,
 ) -> None:
-    """Run the coordinator: who is there, which device holds what, and which way a request goes.
+    """Run a coordinator: who is there, which device holds what, and which way a request goes.
 
     It needs `bus.url` in the settings or FALLOW_BUS_URL, and with `bus.system_url` it hears of crashes at once. It may
-    be restarted at any time; running answers go on.
+    be restarted at any time; running answers go on. Run it on two machines, and one leads while the other stands by to
+    take over; for that the NATS server needs JetStream. Without it, run only one.
     """
     from fallow.processes.coordinator import run
 

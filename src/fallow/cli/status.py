@@ -13,10 +13,17 @@ from rich.text import Text
 
 from fallow.cli.options import ConfigFile, StateDir, console, settings
 from fallow.config import Config
-from fallow.domain.fleet import FleetStatus, Heartbeat, HostedStage, ModelEntry, StageStatus, Subjects
+from fallow.domain.fleet import (
+    CoordinatorReport,
+    FleetStatus,
+    Heartbeat,
+    HostedStage,
+    ModelEntry,
+    StageStatus,
+    Subjects,
+)
 from fallow.domain.ids import Digest, NodeId
 
-STATUS_TIMEOUT_S: Final = 3.0
 REFRESH_S: Final = 1.0
 SHORT_ID_CHARS: Final = 8
 SILENT_WARN_S: Final = 2.5
@@ -39,7 +46,7 @@ def status(
     state_dir: StateDir = None,
     config: ConfigFile = None,
 ) -> None:
-    """Show devices, models and gateways.
+    """Show devices, models, gateways, and who coordinates them.
 
     A device's layers are half-open spans: [0,15) holds layers 0 to 14. A model is servable when devices that are here
     hold all of its layers.
@@ -67,15 +74,18 @@ def _with_bus(config: Config) -> Config:
 async def _show(config: Config, as_json: bool, watch: bool) -> None:
     from fallow import wiring
     from fallow.domain.errors import BusTimeout, BusUnavailable, ConfigError
+    from fallow.gateway.questions import Questions
 
     if config.bus.url is None:
         raise ConfigError("No service runs here. Start one with `fallow up`, or name its bus with --bus URL.")
     bus = await wiring.open_bus(config, "status")
-    subject = Subjects(config.cell).status
+    subjects = Subjects(config.cell)
+    questions = Questions(bus, subjects, wiring.clock())
+    await questions.start()
 
     async def ask() -> FleetStatus:
         try:
-            return msgspec.json.decode(await bus.request(subject, b"", STATUS_TIMEOUT_S), type=FleetStatus)
+            return msgspec.json.decode(await questions.ask(subjects.status, b""), type=FleetStatus)
         except (BusTimeout, BusUnavailable) as error:
             raise type(error)(f"The coordinator does not answer ({error.message}); it may be starting.") from error
 
@@ -102,10 +112,35 @@ def tables(fleet: FleetStatus) -> RenderableType:
         parts += [Text(), Text(f"Gateway {gateway.url or gateway.gateway[:SHORT_ID_CHARS]}", style="bold")]
         parts.append(Text(f"{_count(gateway.sessions, 'answer')} running, {gateway.tokens_per_s:.1f} tokens/s"))
         parts += [Text("  " + " → ".join(_name(node, names) for node in chain)) for chain in gateway.chains]
+    if fleet.coordinators:
+        parts += [Text(), _coordinators(fleet.coordinators)]
+    parts += _neighbours(fleet)
     if fleet.dropped_messages:
         dropped = ", ".join(f"{count} {kind}" for kind, count in sorted(fleet.dropped_messages.items()))
         parts += [Text(), Text(f"Messages that were not believed: {dropped}", style="yellow")]
     return Group(*parts)
+
+
+def _coordinators(coordinators: tuple[CoordinatorReport, ...]) -> Text:
+    """Who leads, since when, and who would take over."""
+    leader, *others = coordinators
+    text = Text("Coordinator ", style="bold")
+    text.append(f"{leader.name} leads since {_duration(leader.since_s)} (epoch {leader.epoch})", style="not bold")
+    if not leader.lease:
+        text.append("; the bus has no JetStream, so no other can take over", style="not bold yellow")
+    elif others:
+        names = ", ".join(other.name for other in others)
+        text.append(f"; {names} {'stands' if len(others) == 1 else 'stand'} by", style="not bold")
+    else:
+        text.append("; none stands by", style="not bold yellow")
+    return text
+
+
+def _duration(duration_s: float) -> str:
+    for size_s, unit in ((86_400, "d"), (3_600, "h"), (60, "min")):
+        if duration_s >= size_s:
+            return f"{duration_s / size_s:.0f} {unit}"
+    return f"{duration_s:.0f} s"
 
 
 def _devices(fleet: FleetStatus, models: Mapping[Digest, str]) -> RenderableType:
@@ -125,6 +160,8 @@ def _devices(fleet: FleetStatus, models: Mapping[Digest, str]) -> RenderableType
             f"{beat.tokens_per_s:.1f}",
             Text(f"{silent_s:.1f} s ago", style="red" if silent_s > SILENT_WARN_S else ""),
         )
+    if fleet.nodes_left_out:
+        table.add_row(f"and {_count(fleet.nodes_left_out, 'more device')}")
     return table
 
 
@@ -159,6 +196,19 @@ def _servable(entry: ModelEntry, fleet: FleetStatus) -> Text:
     if entry.servable:
         return Text("yes", style="green")
     return Text(fleet.unplaceable.get(entry.model, "not yet"), style="yellow")
+
+
+def _neighbours(fleet: FleetStatus) -> list[RenderableType]:
+    """A line for each neighbour cell."""
+    lines: list[RenderableType] = []
+    for each in fleet.neighbours:
+        away = "" if each.rtt_s is None else f", {each.rtt_s * 1000:.0f} ms away"
+        told = [item for item in each.digest.models if item.servable]
+        load = f", busiest model at {max(item.load for item in told):.0%}" if told else ""
+        sent = f", {_count(each.sessions_sent, 'session')} sent there" if each.sessions_sent else ""
+        devices = _count(each.digest.devices, "device")
+        lines.append(Text(f"Cell {each.digest.cell}: {devices}{away}, serves {_count(len(told), 'model')}{load}{sent}"))
+    return [Text(), *lines] if lines else []
 
 
 def _size(entry: ModelEntry) -> str:

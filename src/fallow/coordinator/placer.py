@@ -8,6 +8,7 @@ Rules
 - An order is sent until it is acknowledged, `ORDER_TRIES_MAX` times. A newer order for the same node and model replaces
   it. What came of it shows in heartbeats; nothing is remembered beyond `asked_valid_s`.
 - A node that failed to load a model is not asked again for `failure_retry_s`.
+- Every order carries the epoch of our term, and is sent only while it lasts. Who is told of a higher epoch steps down.
 
 What goes where is decided in `policy/placement.py`, and in which order in `policy/placement_plan.py`.
 """
@@ -19,6 +20,7 @@ from collections.abc import Callable
 import msgspec
 
 from fallow.coordinator import registry
+from fallow.coordinator.leadership import Authority
 from fallow.coordinator.registry import Fleet
 from fallow.domain.clock import Clock
 from fallow.domain.errors import FabricError
@@ -27,13 +29,22 @@ from fallow.domain.ids import Digest, NodeId
 from fallow.domain.model import StageSpec
 from fallow.fabric.contract import Bus
 from fallow.policy.membership import MembershipRules, flapping
-from fallow.policy.placement import place
+from fallow.policy.placement import Placement, place
 from fallow.policy.placement_board import PlacementRules
 from fallow.policy.placement_plan import Move, NodeNow, plan
 
 ORDER_TIMEOUT_S = 1.0
 ORDER_TRIES_MAX = 3
+ORDERS_AT_ONCE = 128
+"""Orders that wait for an answer at the same time; the others wait for their turn."""
+LONG_S = 0.25
+REST_FACTOR = 9.0
+"""What a placement takes beyond `LONG_S` is followed by so many times as long a rest: with thousands of devices,
+placing must not take what heartbeats and routes need."""
 SOURCES_MAX = 16
+
+_Asked = dict[Digest, tuple[StageSpec | None, float]]
+"""What one node was ordered to host of each model, and when; not seen in a heartbeat yet."""
 
 log = logging.getLogger(__name__)
 
@@ -64,6 +75,7 @@ class Placer:
         rules: PlacementRules,
         membership: MembershipRules,
         times: PlacerTimes,
+        authority: Authority,
     ) -> None:
         self._bus = bus
         self._clock = clock
@@ -72,13 +84,15 @@ class Placer:
         self._rules = rules
         self._membership = membership
         self._times = times
+        self._authority = authority
         self._started_s = clock.monotonic_s()
         self._due_s = self._started_s + membership.heartbeat_interval_s
         self._joins_since_s: float | None = None
         self._changed = asyncio.Event()
-        self._asked: dict[tuple[NodeId, Digest], tuple[StageSpec | None, float]] = {}
+        self._asked: dict[NodeId, _Asked] = {}
         self._failed_s: dict[tuple[NodeId, Digest], float] = {}
         self._orders: dict[tuple[NodeId, Digest], asyncio.Task[None]] = {}
+        self._room = asyncio.Semaphore(ORDERS_AT_ONCE)
         self.unplaceable: dict[Digest, str] = {}
 
     # --- what makes a placement due -------------------------------------------------------------
@@ -101,9 +115,9 @@ class Placer:
     def on_heartbeat(self, before: Heartbeat | None, after: Heartbeat) -> None:
         """Keep track of orders that were heard and of loads that failed."""
         now_s = self._clock.monotonic_s()
-        for key, (stage, _) in list(self._asked.items()):
-            if key[0] == after.node and registry.asked_stage(after, key[1]) == stage:
-                del self._asked[key]
+        for model, (stage, _) in list(self._asked.get(after.node, {}).items()):
+            if registry.asked_stage(after, model) == stage:
+                self._no_longer_asked(after.node, model)
         new_failures = registry.failed_models(after) - (registry.failed_models(before) if before else frozenset())
         for model in new_failures:
             self._failed_s[after.node, model] = now_s
@@ -132,11 +146,13 @@ class Placer:
                     await self._wait(delay_s)
                     continue
                 self._joins_since_s = None
-                self._due_s = self._clock.monotonic_s() + self._times.period_s
+                began_s = self._clock.monotonic_s()
+                self._due_s = began_s + self._times.period_s
                 try:
                     await self._place()
                 except Exception:
                     log.exception("working out the placement failed; the next attempt is in %s s", self._times.period_s)
+                await self._clock.sleep(REST_FACTOR * (self._clock.monotonic_s() - began_s - LONG_S))
         finally:
             for order in self._orders.values():
                 order.cancel()
@@ -164,42 +180,50 @@ class Placer:
             for node, heartbeat in fleet.present().items()
             if not heartbeat.draining and not flapping(fleet.members[node], now_s, self._membership)
         ]
-        asked = {beat.node: self._asked_of(beat, entries, now_s) for beat in settled}
-        rooms = [
-            registry.room_of(beat, asked[beat.node], entries, self._barred(beat.node, entries)) for beat in settled
-        ]
-        # In a thread: hundreds of devices take a second, and routes must not wait for it.
-        needs = [registry.need_of(entry) for entry in entries.values()]
-        placement = await asyncio.to_thread(place, needs, rooms, self._rules)
+        lately = {node: dict(asked) for node, asked in self._asked.items()}
+        barred = frozenset(self._failed_s)
+        # In a thread: hundreds of devices take a tenth of a second, and routes must not wait for it.
+        placement, moves = await asyncio.to_thread(self._work_out, settled, entries, lately, barred, now_s)
         if placement.unplaceable != self.unplaceable:
             for model, reason in placement.unplaceable.items():
                 log.warning("model %s cannot be served: %s", entries[model].name, reason)
         self.unplaceable = placement.unplaceable
-        nodes = [
-            NodeNow(node=beat.node, asked=asked[beat.node], ready=self._ready_of(beat, entries)) for beat in settled
-        ]
-        for move in plan(nodes, placement.stages):
+        for move in moves:
             self._order(move, entries.get(move.model))
 
-    def _asked_of(self, heartbeat: Heartbeat, entries: dict[Digest, ModelEntry], now_s: float) -> tuple[StageSpec, ...]:
+    def _work_out(
+        self,
+        settled: list[Heartbeat],
+        entries: dict[Digest, ModelEntry],
+        lately: dict[NodeId, _Asked],
+        failed: frozenset[tuple[NodeId, Digest]],
+        now_s: float,
+    ) -> tuple[Placement, list[Move]]:
+        """What should be where, and the moves towards it. Runs in a thread: it reads nothing that changes."""
+        asked = {beat.node: self._asked_of(beat, entries, lately.get(beat.node, {}), now_s) for beat in settled}
+        rooms = [
+            registry.room_of(
+                beat, asked[beat.node], entries, frozenset(model for model in entries if (beat.node, model) in failed)
+            )
+            for beat in settled
+        ]
+        placement = place([registry.need_of(entry) for entry in entries.values()], rooms, self._rules)
+        nodes = [NodeNow(node=beat.node, asked=asked[beat.node], ready=_ready_of(beat, entries)) for beat in settled]
+        return placement, list(plan(nodes, placement.stages))
+
+    def _asked_of(
+        self, heartbeat: Heartbeat, entries: dict[Digest, ModelEntry], lately: _Asked, now_s: float
+    ) -> tuple[StageSpec, ...]:
         """What a node has been asked to host: as it reports it, or as ordered a moment ago."""
         models = {item.stage.model: None for item in heartbeat.hosted} | dict.fromkeys(entries)
         stages: list[StageSpec] = []
         for model in models:
-            ordered, at_s = self._asked.get((heartbeat.node, model), (None, -self._times.asked_valid_s))
             stage = registry.asked_stage(heartbeat, model)
-            if (heartbeat.node, model) in self._asked and now_s - at_s < self._times.asked_valid_s:
-                stage = ordered
+            if model in lately and now_s - lately[model][1] < self._times.asked_valid_s:
+                stage = lately[model][0]
             if stage is not None and (model in entries or self._orphans_may_go(now_s)):
                 stages.append(stage)
         return tuple(stages)
-
-    def _ready_of(self, heartbeat: Heartbeat, entries: dict[Digest, ModelEntry]) -> tuple[StageSpec, ...]:
-        ready = (registry.ready_stage(heartbeat, model) for model in entries)
-        return tuple(item.stage for item in ready if item is not None)
-
-    def _barred(self, node: NodeId, entries: dict[Digest, ModelEntry]) -> frozenset[Digest]:
-        return frozenset(model for model in entries if (node, model) in self._failed_s)
 
     def _orphans_may_go(self, now_s: float) -> bool:
         return now_s - self._started_s > self._times.orphan_grace_s
@@ -208,22 +232,29 @@ class Placer:
 
     def _order(self, move: Move, entry: ModelEntry | None) -> None:
         key = (move.node, move.model)
+        epoch = self._authority.epoch()
+        if epoch is None:
+            return
         command: NodeCommand
         if move.stage is None:
-            command = DropStage(model=move.model)
+            command = DropStage(model=move.model, epoch=epoch)
         elif entry is not None:
             now_s = self._clock.monotonic_s()
             sources = registry.sources_of(self._fleet(), move.model, move.node, now_s, SOURCES_MAX)
-            command = PlaceStage(stage=move.stage, manifest_bytes=entry.manifest_bytes, sources=sources)
+            command = PlaceStage(stage=move.stage, manifest_bytes=entry.manifest_bytes, sources=sources, epoch=epoch)
         else:
             return
-        self._asked[key] = (move.stage, self._clock.monotonic_s())
+        self._asked.setdefault(move.node, {})[move.model] = (move.stage, self._clock.monotonic_s())
         older = self._orders.pop(key, None)
         if older is not None:
             older.cancel()
-        task = asyncio.get_running_loop().create_task(self._send(key, command))
+        task = asyncio.get_running_loop().create_task(self._send_in_turn(key, command))
         self._orders[key] = task
         task.add_done_callback(lambda done: self._orders.pop(key) if self._orders.get(key) is done else None)
+
+    async def _send_in_turn(self, key: tuple[NodeId, Digest], command: NodeCommand) -> None:
+        async with self._room:
+            await self._send(key, command)
 
     async def _send(self, key: tuple[NodeId, Digest], command: NodeCommand) -> None:
         node = key[0]
@@ -231,6 +262,8 @@ class Placer:
         log.info("asking node %s to host %s of model %s", node[:8], what, key[1][:8])
         message = msgspec.json.encode(command)
         for attempt in range(ORDER_TRIES_MAX):
+            if self._authority.epoch() != command.epoch:
+                break
             try:
                 reply = await self._bus.request(self._subjects.command(node), message, ORDER_TIMEOUT_S)
                 accepted = msgspec.json.decode(reply, type=Accepted)
@@ -238,10 +271,25 @@ class Placer:
                 log.info("node %s did not take an order (%s), attempt %d", node[:8], error, attempt + 1)
                 await self._clock.sleep(ORDER_TIMEOUT_S / 4)
                 continue
+            if accepted.epoch is not None and accepted.epoch > command.epoch:
+                log.warning("node %s has heard of epoch %d; ours is %d", node[:8], accepted.epoch, command.epoch)
+                self._authority.outranked(accepted.epoch)
+                break
             if not accepted.ok:
                 log.warning("node %s refused to host %s: %s", node[:8], what, accepted.message)
                 self._failed_s[key] = self._clock.monotonic_s()
-                self._asked.pop(key, None)
+                self._no_longer_asked(*key)
                 self.on_change()
             return
-        self._asked.pop(key, None)
+        self._no_longer_asked(*key)
+
+    def _no_longer_asked(self, node: NodeId, model: Digest) -> None:
+        asked = self._asked.get(node, {})
+        asked.pop(model, None)
+        if not asked:
+            self._asked.pop(node, None)
+
+
+def _ready_of(heartbeat: Heartbeat, entries: dict[Digest, ModelEntry]) -> tuple[StageSpec, ...]:
+    ready = (registry.ready_stage(heartbeat, model) for model in entries)
+    return tuple(item.stage for item in ready if item is not None)

@@ -4,21 +4,41 @@ Without them, sessions that ask within one heartbeat interval would all be sent 
 would be promised than there is. A promise counts until the device has sent a heartbeat that must include it.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import msgspec
 
 from fallow.domain.fleet import Hop, RouteRequest
 from fallow.domain.ids import NodeId, SessionId
 from fallow.policy.routing import Carrier, ModelShape, kv_bytes
+from fallow.policy.routing_choice import NOTHING_PROMISED, Promised
 
 PROMISES_MAX = 16_384
 
 
 class _Promise(msgspec.Struct, frozen=True):
-    session: SessionId
     kv_bytes: int
     made_s: float
+
+
+class _Node:
+    """The promises on one node, with their sums."""
+
+    __slots__ = ("by_session", "total")
+
+    def __init__(self) -> None:
+        self.by_session: dict[SessionId, _Promise] = {}
+        self.total = NOTHING_PROMISED
+
+    def promise(self, session: SessionId, promise: _Promise) -> None:
+        before = self.by_session.get(session)
+        self.by_session[session] = promise
+        room = self.total.kv_bytes + promise.kv_bytes - (before.kv_bytes if before else 0)
+        self.total = Promised(len(self.by_session), room)
+
+    def keep(self, left: dict[SessionId, _Promise]) -> None:
+        self.by_session = left
+        self.total = Promised(len(left), sum(promise.kv_bytes for promise in left.values()))
 
 
 class RecentRoutes:
@@ -26,41 +46,61 @@ class RecentRoutes:
 
     def __init__(self, settle_s: float) -> None:
         self._settle_s = settle_s
-        self._promises: dict[NodeId, dict[SessionId, _Promise]] = {}
+        self._nodes: dict[NodeId, _Node] = {}
         self._count = 0
 
     def add(self, request: RouteRequest, hops: Iterable[Hop], shape: ModelShape, now_s: float) -> None:
         """Remember a chain that was given out. Kept hops hold the session already."""
         kept = {hop.address.node for hop in request.keep}
         for hop in hops:
-            node = hop.address.node
-            if node in kept or self._count >= PROMISES_MAX:
+            name = hop.address.node
+            if name in kept or self._count >= PROMISES_MAX:
                 continue
-            mine = self._promises.setdefault(node, {})
-            self._count += request.session not in mine
-            mine[request.session] = _Promise(request.session, kv_bytes(hop.span, request.reserve_tokens, shape), now_s)
+            node = self._nodes.setdefault(name, _Node())
+            self._count += request.session not in node.by_session
+            node.promise(request.session, _Promise(kv_bytes(hop.span, request.reserve_tokens, shape), now_s))
 
     def settle(self, node: NodeId, now_s: float) -> None:
         """A heartbeat came: promises that are old enough are in it, or were never taken up."""
-        mine = self._promises.pop(node, {})
-        left = {session: promise for session, promise in mine.items() if now_s - promise.made_s < self._settle_s}
-        self._count -= len(mine) - len(left)
-        if left:
-            self._promises[node] = left
+        mine = self._nodes.get(node)
+        if mine is None:
+            return
+        left = {
+            session: promise for session, promise in mine.by_session.items() if now_s - promise.made_s < self._settle_s
+        }
+        self._count -= len(mine.by_session) - len(left)
+        mine.keep(left)
+        if not left:
+            del self._nodes[node]
 
     def forget(self, node: NodeId) -> None:
-        self._count -= len(self._promises.pop(node, {}))
+        mine = self._nodes.pop(node, None)
+        self._count -= len(mine.by_session) if mine else 0
+
+    def promised(self, asking: SessionId) -> Callable[[NodeId], Promised]:
+        """What is promised on a node, but for the asking session's own."""
+
+        def on(node: NodeId) -> Promised:
+            mine = self._nodes.get(node)
+            if mine is None:
+                return NOTHING_PROMISED
+            own = mine.by_session.get(asking)
+            if own is None:
+                return mine.total
+            return Promised(mine.total.sessions - 1, mine.total.kv_bytes - own.kv_bytes)
+
+        return on
 
     def loaded(self, carriers: Sequence[Carrier], asking: SessionId) -> list[Carrier]:
         """The carriers with what was promised added to what they reported, but for the asking session's own."""
-        return [self._loaded(carrier, asking) for carrier in carriers]
+        promised = self.promised(asking)
+        return [self._loaded(carrier, promised(carrier.node)) for carrier in carriers]
 
-    def _loaded(self, carrier: Carrier, asking: SessionId) -> Carrier:
-        promises = [promise for session, promise in self._promises.get(carrier.node, {}).items() if session != asking]
-        if not promises:
+    def _loaded(self, carrier: Carrier, promised: Promised) -> Carrier:
+        if promised is NOTHING_PROMISED:
             return carrier
         return msgspec.structs.replace(
             carrier,
-            sessions=carrier.sessions + len(promises),
-            kv_free_bytes=carrier.kv_free_bytes - sum(promise.kv_bytes for promise in promises),
+            sessions=carrier.sessions + promised.sessions,
+            kv_free_bytes=carrier.kv_free_bytes - promised.kv_bytes,
         )

@@ -5,39 +5,62 @@ Rules
   at any time: it says hello, everybody reports, and it knows what it knew.
 - A broken bus connection, silence and a goodbye all end a node's presence here at once, and `NodeGone` tells gateways,
   which probe for themselves. A newer heartbeat brings the node back.
-- A message that cannot be true is dropped, counted by kind, and named in the log,
-  a kind at most once in `LOG_PERIOD_S`.
+- Of several coordinators of a cell one leads: it answers questions, gives orders and announces who is gone. The others
+  listen to the same facts, so that they know the fleet when they take over; they say nothing but that they stand by.
+- A message that cannot be true is dropped (`guard.py`).
 
-Decisions are in `policy/`; orders are given by `placer.py`.
+Decisions are in `policy/`; orders are given by `placer.py`; who leads is seen to by `leadership.py`.
 """
 
 import asyncio
 import logging
-from collections import Counter
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Coroutine
+from itertools import islice
 from typing import Any
 
 import msgspec
 
 from fallow.coordinator import checks, registry
+from fallow.coordinator.colleagues import Colleagues
+from fallow.coordinator.guard import Guard
+from fallow.coordinator.leadership import Authority, SoleAuthority
+from fallow.coordinator.neighbours import Neighbours
 from fallow.coordinator.placer import Placer, PlacerTimes
-from fallow.coordinator.recent import RecentRoutes
-from fallow.coordinator.registry import Fleet
+from fallow.coordinator.registry import NODES_MAX, Fleet
+from fallow.coordinator.router import Router
 from fallow.domain.clock import Clock
-from fallow.domain.errors import BusMessageError, FabricError
-from fallow.domain.fleet import Catalogue, FleetStatus, NodeGone, RouteReply, RouteRequest, Subjects
+from fallow.domain.errors import FabricError
+from fallow.domain.fleet import (
+    Catalogue,
+    CoordinatorReport,
+    FleetStatus,
+    LeaderChanged,
+    NodeGone,
+    RouteReply,
+    RouteRequest,
+    Subjects,
+)
 from fallow.domain.ids import NodeId
-from fallow.fabric.contract import MAX_BUS_MESSAGE_BYTES, Bus, PresenceWatcher, Subscription
+from fallow.fabric.contract import MAX_BUS_MESSAGE_BYTES, Bus, BusHandler, PresenceWatcher, Subscription
 from fallow.policy import membership
+from fallow.policy.cells import CellRules
 from fallow.policy.membership import MembershipRules, Presence
 from fallow.policy.placement_board import PlacementRules
-from fallow.policy.routing import RoutingRules, route
+from fallow.policy.routing import RoutingRules
 
+QUESTIONS_AT_ONCE = 64
+"""Of a kind: a route may have to wait for a neighbour cell, and must not hold up the others."""
+WEIGH_REST_FACTOR = 9.0
 CHECKS_PER_INTERVAL = 4
 """How often silence is looked for in a heartbeat interval."""
-LOG_PERIOD_S = 10.0
+REPORT_PERIOD_S = 1.0
+"""Between two words of a coordinator about itself."""
+STALE = "Stale Connection"
+"""NATS's word for a client that did not answer its pings."""
+RECENT_LOSS_S = 5.0
+"""Who was lost so shortly before a term is announced again: the last leader may have died of the same."""
 STATUS_NODES_MAX = 500
-"""Devices in a status that would not fit a bus message with all of them."""
+"""Devices that a status names; more would not fit a bus message."""
 
 log = logging.getLogger(__name__)
 
@@ -50,14 +73,23 @@ class CoordinatorConfig(msgspec.Struct, frozen=True, kw_only=True):
     membership: MembershipRules = MembershipRules()
     routing: RoutingRules = RoutingRules()
     times: PlacerTimes = PlacerTimes()
+    cells: CellRules = CellRules()
 
 
 class Coordinator:
     """One cell's coordinator. `start`, then it runs until `close`."""
 
     def __init__(
-        self, config: CoordinatorConfig, bus: Bus, clock: Clock, presence: PresenceWatcher | None = None
+        self,
+        config: CoordinatorConfig,
+        bus: Bus,
+        clock: Clock,
+        presence: PresenceWatcher | None = None,
+        authority: Authority | None = None,
+        id: str = "coordinator",  # noqa: A002
+        name: str = "coordinator",
     ) -> None:
+        """Without an `authority` it leads alone. `id` is its name on the bus, `name` is for people."""
         self._config = config
         self._bus = bus
         self._clock = clock
@@ -65,85 +97,143 @@ class Coordinator:
         self._subjects = Subjects(config.cell)
         self.fleet = Fleet()
         self._started_s = clock.monotonic_s()
+        self._guard = Guard(clock)
+        self._authority = authority or SoleAuthority()
         self._placer = Placer(
-            bus, clock, self._subjects, lambda: self.fleet, config.placement, config.membership, config.times
+            bus, clock, self._subjects, lambda: self.fleet, config.placement, config.membership, config.times,
+            self._authority,
+        )  # fmt: skip
+        self._router = Router(config.routing, config.membership.heartbeat_interval_s)
+        self._neighbours = Neighbours(
+            config.cell, bus, clock, config.cells, self.fleet, self.route, self._router.weights, self._guard.drop
         )
-        self._recent = RecentRoutes(config.membership.heartbeat_interval_s)
-        self._dropped: Counter[str] = Counter()
-        self._logged_s: dict[str, float] = {}
         self._subscriptions: list[Subscription] = []
+        self._colleagues = Colleagues(CoordinatorReport(id=id, name=name, lease=self._authority.by_lease), clock)
+        self._acting: int | None = None
+        """The epoch that we lead under."""
+        self._questions: list[Subscription] = []
+        self._placing: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
 
     # --- life -----------------------------------------------------------------------------------
 
     async def start(self) -> None:
         """Listen, and ask everybody to report. Raises `BusUnavailable`."""
-        listen: list[tuple[str, str, Callable[[str, bytes], Awaitable[bytes | None]]]] = [
+        for kind, subject, handler in (
             ("heartbeat", self._subjects.heartbeat(), self._on_heartbeat),
             ("leaving", self._subjects.leaving, self._on_leaving),
             ("store", self._subjects.store, self._on_store),
             ("gateway", self._subjects.gateway, self._on_gateway),
-            ("route", self._subjects.route, self._on_route),
-            ("catalogue", self._subjects.catalogue, self._on_catalogue),
-            ("status", self._subjects.status, self._on_status),
-        ]
-        for kind, subject, handler in listen:
-            self._subscriptions.append(await self._bus.subscribe(subject, self._guarded(kind, handler)))
+            ("coordinator", self._subjects.coordinators, self._on_coordinator),
+        ):
+            self._subscriptions.append(await self._bus.subscribe(subject, self._guard.before(kind, handler)))
         if self._presence is not None:
             await self._presence.start(self._on_disconnect)
         self._spawn(self._watch_silence())
-        self._spawn(self._placer.run())
+        self._spawn(self._weigh_routes())
         await self._bus.publish(self._subjects.hello, b"")
-        log.info("coordinator of cell %s is up", self._config.cell)
+        await self._authority.start()
+        await self._take_turns()
+        self._spawn(self._follow())
+        self._spawn(self._report())
+        log.info("coordinator %s of cell %s is up", self._colleagues.me.name, self._config.cell)
 
     async def close(self) -> None:
         """Stop; nodes and running answers go on. The bus remains its owner's to close."""
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await self._stop_leading()
+        await self._authority.close()
         for subscription in self._subscriptions:
             await subscription.cancel()
         self._subscriptions.clear()
         if self._presence is not None:
             await self._presence.close()
-        tasks = list(self._tasks)
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
 
-    def _guarded(
-        self, kind: str, handler: Callable[[str, bytes], Awaitable[bytes | None]]
-    ) -> Callable[[str, bytes], Awaitable[bytes | None]]:
-        async def handle(subject: str, message: bytes) -> bytes | None:
+    # --- leading --------------------------------------------------------------------------------
+
+    async def _follow(self) -> None:
+        while True:
+            await self._authority.changed(self._acting)
+            await self._take_turns()
+
+    async def _take_turns(self) -> None:
+        """Begin to lead, or stop, as the authority has it."""
+        leading = self._authority.leading
+        if leading == self._acting:
+            return
+        await self._stop_leading()
+        self._acting = leading
+        self._colleagues.turned(leading)
+        if leading is not None:
             try:
-                return await handler(subject, message)
-            except BusMessageError as error:
-                self._drop(kind, error)
-                return msgspec.json.encode(RouteReply(error=error.message)) if kind == "route" else None
+                await self._start_leading(leading)
+            except FabricError as error:
+                log.warning("leading begins without a bus: %s", error)
 
-        return handle
+    async def _start_leading(self, epoch: int) -> None:
+        await asyncio.gather(
+            self._answer("route", self._subjects.route, self._on_route),
+            self._answer("catalogue", self._subjects.catalogue, self._on_catalogue),
+            self._answer("status", self._subjects.status, self._on_status),
+        )
+        # From here on, devices refuse what an earlier leader may still have under way, and open questions come to us.
+        changed = LeaderChanged(epoch=epoch, name=self._colleagues.me.name)
+        await self._bus.publish(self._subjects.leader, msgspec.json.encode(changed))
+        self._placing = self._spawn(self._placer.run())
+        self._placer.on_change()
+        since_s = self._clock.monotonic_s() - RECENT_LOSS_S
+        for node in membership.lost_since(self.fleet.members, since_s):
+            await self._announce_gone(node, "it was lost when the coordinator was")
+        await self._neighbours.start()
 
-    def _drop(self, kind: str, error: BusMessageError) -> None:
-        self._dropped[kind] += 1
-        now_s = self._clock.monotonic_s()
-        if now_s - self._logged_s.get(kind, -LOG_PERIOD_S) >= LOG_PERIOD_S:
-            self._logged_s[kind] = now_s
-            log.warning("%s: dropped a %s message (%d so far): %s", error.code, kind, self._dropped[kind], error)
+    async def _stop_leading(self) -> None:
+        questions, self._questions = self._questions, []
+        for subscription in questions:
+            await subscription.cancel()
+        await self._neighbours.close()
+        placing, self._placing = self._placing, None
+        if placing is not None:
+            placing.cancel()
+            await asyncio.gather(placing, return_exceptions=True)
+        self._acting = None
+
+    async def _answer(self, kind: str, subject: str, handler: BusHandler) -> None:
+        async def handle(subject: str, message: bytes) -> bytes | None:
+            return await handler(subject, message) if await self._authority.confirmed() is not None else None
+
+        guarded = self._guard.before(kind, handle)
+        self._questions.append(await self._bus.subscribe(subject, guarded, at_once=QUESTIONS_AT_ONCE))
+
+    async def _report(self) -> None:
+        while True:
+            report = self._colleagues.report()
+            try:
+                await self._bus.publish(self._subjects.coordinators, msgspec.json.encode(report))
+            except FabricError as error:
+                log.debug("no report: %s", error)
+            await self._clock.sleep(REPORT_PERIOD_S)
+
+    async def _on_coordinator(self, _: str, message: bytes) -> None:
+        self._colleagues.heard(message)
 
     # --- facts ----------------------------------------------------------------------------------
 
     async def _on_heartbeat(self, subject: str, message: bytes) -> None:
         heartbeat = checks.heartbeat(subject, message)
         now_s = self._clock.monotonic_s()
-        before = self.fleet.members.get(heartbeat.node)
-        fleet = self.fleet.with_heartbeat(heartbeat, now_s, self._config.membership)
-        if fleet is None:
+        heard = self.fleet.hear(heartbeat, now_s, self._config.membership)
+        if heard is None:
             return
-        self.fleet = fleet
-        after = fleet.members[heartbeat.node]
+        before, after = heard.before, heard.after
         was_present = before is not None and before.presence is Presence.PRESENT
         if membership.restarted(before, after):
             await self._announce_gone(heartbeat.node, "it was started anew")
             self._placer.on_loss()
             was_present = False
-        self._recent.settle(heartbeat.node, now_s)
+        self._router.settle(heartbeat.node, now_s)
         self._placer.on_heartbeat(before.heartbeat if before and was_present else None, heartbeat)
         if not was_present:
             log.info("node %s (%s) is here", heartbeat.node[:8], heartbeat.name)
@@ -153,19 +243,24 @@ class Coordinator:
         await self._depart(checks.leaving(message).node, Presence.LEFT, "it said goodbye")
 
     def _on_disconnect(self, client: str, reason: str) -> None:
+        self._colleagues.forget(client)
+        if not reason.startswith(STALE):
+            # A client that only stopped answering may still believe that it is connected; its lease runs out soon.
+            self._authority.disconnected(client)
         self._spawn(self._depart(NodeId(client), Presence.GONE, f"its connection to the bus broke: {reason}"))
 
     async def _depart(self, node: NodeId, presence: Presence, reason: str) -> None:
-        before = self.fleet.members.get(node)
-        self.fleet = self.fleet.with_departure(node, presence, self._clock.monotonic_s())
+        before = self.fleet.depart(node, presence, self._clock.monotonic_s())
         if before is None or before.presence is not Presence.PRESENT:
             return
         log.info("node %s (%s) is gone: %s", node[:8], before.heartbeat.name, reason)
-        self._recent.forget(node)
+        self._router.forget(node)
         self._placer.on_loss()
         await self._announce_gone(node, reason)
 
     async def _announce_gone(self, node: NodeId, reason: str) -> None:
+        if self._authority.epoch() is None:
+            return
         try:
             await self._bus.publish(self._subjects.gone, msgspec.json.encode(NodeGone(node=node, reason=reason)))
         except FabricError as error:
@@ -180,39 +275,49 @@ class Coordinator:
             now_s = self._clock.monotonic_s()
             if now_s - checked_s > rules.heartbeat_interval_s:
                 # We were asleep or starved; what nodes sent meanwhile is still to be read.
-                self.fleet = self.fleet.with_excuse(now_s - checked_s)
+                self.fleet.excuse(now_s - checked_s)
             checked_s = now_s
             for node in membership.silent(self.fleet.members, now_s, rules):
                 await self._depart(node, Presence.GONE, f"nothing was heard for {rules.silence_max_s:g} s")
-            self.fleet = self.fleet.without_forgotten(now_s, rules)
+            self.fleet.forget(now_s, rules)
 
     async def _on_store(self, _: str, message: bytes) -> None:
         announced = checks.store_announced(message)
-        before = self.fleet.stores.get(announced.address.node)
-        self.fleet = self.fleet.with_store(announced, self._clock.monotonic_s())
-        if before is None or before.announced.models != announced.models:
+        if self.fleet.announce(announced, self._clock.monotonic_s()):
             log.info("store %s serves %d models", announced.address.node[:8], len(announced.models))
             self._placer.on_change()
 
     async def _on_gateway(self, _: str, message: bytes) -> None:
-        self.fleet = self.fleet.with_gateway(checks.gateway_report(message), self._clock.monotonic_s())
+        self.fleet.report(checks.gateway_report(message), self._clock.monotonic_s())
 
     # --- questions ------------------------------------------------------------------------------
 
     async def _on_route(self, _: str, message: bytes) -> bytes:
-        return msgspec.json.encode(self.route(checks.route_request(message)))
+        request = checks.route_request(message)
+        entry = self.fleet.entries().get(request.model)
+        if entry is None:
+            return msgspec.json.encode(self.route(request))
+        return msgspec.json.encode(await self._neighbours.route(request, entry.config.layer_count))
 
     def route(self, request: RouteRequest) -> RouteReply:
-        """A chain for a session, by what is known now."""
+        """A chain of this cell's devices for a session, by what is known now."""
         entry = self.fleet.entries().get(request.model)
         if entry is None:
             return RouteReply(error=f"no store of this cell announces a model {request.model[:12]}")
-        shape = registry.shape_of(entry)
-        carriers = self._recent.loaded(registry.carriers_of(self.fleet, entry), request.session)
-        reply = route(request, shape, carriers, self._config.routing)
-        if reply.hops:
-            self._recent.add(request, reply.hops, shape, self._clock.monotonic_s())
-        return reply
+        carriers = self.fleet.carriers(entry.model)
+        return self._router.route(request, registry.shape_of(entry), carriers, self._clock.monotonic_s())
+
+    async def _weigh_routes(self) -> None:
+        while True:
+            began_s = self._clock.monotonic_s()
+            models = {m: (registry.shape_of(e), dict(self.fleet.carriers(m))) for m, e in self.fleet.entries().items()}
+            try:
+                # In a thread, and less often where it takes long: heartbeats and routes go on meanwhile.
+                await asyncio.to_thread(self._router.refresh, models)
+            except Exception:
+                log.exception("weighing routes failed; the weights of before stay in use")
+            took_s = self._clock.monotonic_s() - began_s
+            await self._clock.sleep(max(self._config.routing.refresh_s, WEIGH_REST_FACTOR * took_s))
 
     async def _on_catalogue(self, _: str, __: bytes) -> bytes:
         return msgspec.json.encode(self.catalogue())
@@ -225,33 +330,37 @@ class Coordinator:
         return Catalogue(models=models, stores=tuple(heard.announced.address for heard in self.fleet.stores.values()))
 
     async def _on_status(self, _: str, __: bytes) -> bytes:
-        status = self.status()
+        status = self.status(STATUS_NODES_MAX)
         encoded = msgspec.json.encode(status)
         if len(encoded) > MAX_BUS_MESSAGE_BYTES:
             # Links are the bulk of it: a fleet of hundreds is told without them, one of thousands in part.
-            nodes = tuple(msgspec.structs.replace(node, link_rtt_s={}) for node in status.nodes[:STATUS_NODES_MAX])
+            nodes = tuple(msgspec.structs.replace(node, link_rtt_s={}) for node in status.nodes)
             encoded = msgspec.json.encode(msgspec.structs.replace(status, nodes=nodes))
         return encoded
 
-    def status(self) -> FleetStatus:
+    def status(self, nodes_max: int = NODES_MAX) -> FleetStatus:
         now_s = self._clock.monotonic_s()
-        present = self.fleet.present()
+        nodes = tuple(islice(self.fleet.present().values(), nodes_max))
         return FleetStatus(
-            nodes=tuple(present.values()),
-            silent_s={node: now_s - self.fleet.members[node].heard_s for node in present},
+            nodes=nodes,
+            nodes_left_out=len(self.fleet.present()) - len(nodes),
+            silent_s={beat.node: now_s - self.fleet.members[beat.node].heard_s for beat in nodes},
             models=self.catalogue().models,
             gateways=tuple(heard.report for heard in self.fleet.gateways.values()),
             coordinator_uptime_s=now_s - self._started_s,
             unplaceable=dict(self._placer.unplaceable),
-            dropped_messages=dict(self._dropped),
+            dropped_messages=dict(self._guard.dropped),
+            coordinators=(self._colleagues.report(), *self._colleagues.others()),
+            neighbours=self._neighbours.known(),
         )
 
     # --- helpers --------------------------------------------------------------------------------
 
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._finished)
+        return task
 
     def _finished(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)

@@ -7,6 +7,8 @@ Rules
   after a restart of either side.
 - A server that dies is started again, with growing waits, at most `RESTARTS_MAX` times in a row. On Linux the kernel
   ends it when this process dies, however that happens.
+- JetStream stores in the state folder, bounded, and writes through to the disk: revisions of leases and facts of record
+  must not go back after a power cut. A write takes about 1 ms for it.
 - Not here: TLS and clusters. Beyond the loopback interface, run your own NATS and give Fallow its url.
 """
 
@@ -40,7 +42,7 @@ RESTART_WAIT_S: Final = 0.1
 RESTART_WAIT_MAX_S: Final = 5.0
 STABLE_S: Final = 30.0
 """A server that ran for that long starts with a clean slate."""
-MAX_CONNECTIONS: Final = 4096
+MAX_CONNECTIONS: Final = 65_536
 
 _PR_SET_PDEATHSIG: Final = 1
 
@@ -154,6 +156,7 @@ ping_interval: "1s"
 ping_max: 2
 jetstream {{
   store_dir: {quote(str(self._dir / "jetstream"))}
+  sync_interval: always
   max_memory_store: 64MB
   max_file_store: 1GB
 }}

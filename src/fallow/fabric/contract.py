@@ -4,7 +4,8 @@
 
 Bus
 - Subjects are dotted words; a subscription may use `*` for one word. Delivery is at most once, in order per
-  publisher and subscription. A handler's exception is logged and never breaks the subscription.
+  publisher and subscription; one message is handled after the other, unless `at_once` allows several. A handler's
+  exception is logged and never breaks the subscription.
 - `request` waits for one reply: `BusTimeout` when none came, `BusUnavailable` when nobody can be asked.
 - A broken connection heals by itself; what was published meanwhile may be lost. Messages are at most
   `MAX_BUS_MESSAGE_BYTES`.
@@ -17,10 +18,19 @@ Link
 - `close` is idempotent, flushes what was sent, and wakes every waiter on both sides. Its code and message reach the
   peer (as a `Goodbye`, which links handle themselves) in the words of its `LinkClosed`.
 - The peer's id is authenticated by the transport; nobody can claim another's.
+
+LeaseKey
+- A write names the revision that it follows and succeeds for one writer only. Revisions rise with every write, also
+  over a restart of the server, and over the loss of what it stored.
+- What nobody writes again vanishes after a while, not before its time to live by the server's clock. That clock may
+  jump: who decides whether a holder is gone counts by its own.
+- `connection` is another number after every break, so that a holder knows that others may have been told of its end.
 """
 
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Protocol
+
+import msgspec
 
 from fallow.domain.errors import FabricError
 from fallow.domain.frames import Frame, PeerAddress
@@ -51,8 +61,13 @@ class Bus(Protocol):
         """The first reply. Raises `BusTimeout` or `BusUnavailable`."""
         ...
 
-    async def subscribe(self, subject: str, handler: BusHandler, queue: str | None = None) -> Subscription:
-        """Deliver matching messages to `handler`; with `queue`, to one member of that group."""
+    async def subscribe(
+        self, subject: str, handler: BusHandler, queue: str | None = None, at_once: int = 1
+    ) -> Subscription:
+        """Deliver matching messages to `handler`; with `queue`, to one member of that group.
+
+        `at_once`: messages that are begun in order, each while up to `at_once - 1` earlier ones are still waiting.
+        """
         ...
 
     async def close(self) -> None: ...
@@ -69,6 +84,37 @@ class PresenceWatcher(Protocol):
         ...
 
     async def close(self) -> None: ...
+
+
+class LeaseEntry(msgspec.Struct, frozen=True):
+    """What stands at a lease key."""
+
+    revision: int
+    value: bytes
+    """Empty: its holder gave it up."""
+
+
+class LeaseKey(Protocol):
+    """One short value on the bus, written by compare-and-set, that vanishes unless it is written again."""
+
+    @property
+    def connection(self) -> int | None:
+        """Counts this process's connections to the bus; `None` while there is none."""
+        ...
+
+    async def read(self) -> LeaseEntry | None:
+        """What stands there now. Raises `BusTimeout` or `BusUnavailable`."""
+        ...
+
+    async def write(self, value: bytes, after: int) -> int | None:
+        """Write if `after` is still the revision, 0 meaning that nothing stands there. The new revision; `None` when
+        another write came first. Raises `BusTimeout` or `BusUnavailable`, after which it may have been written."""
+        ...
+
+    async def watch(self, on_write: Callable[[], None]) -> Subscription:
+        """Call `on_write` soon after every write, and perhaps for writes that failed: a hint to read. One that came
+        while the connection was broken is not told, and neither is that the value vanished."""
+        ...
 
 
 class Link(Protocol):

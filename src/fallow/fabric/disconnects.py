@@ -7,11 +7,12 @@ Rules
   does not report a client that is connected again under the same name.
 - Only the account that Fallow's parts use is watched. A client picks its own name, so a report is a hint to probe,
   not a verdict.
-- After a server restart everybody reconnects; who does not is left to heartbeats.
+- A server that was restarted counts its clients anew, so what was known of the earlier ones is dropped. Everybody
+  reconnects; who does not is left to heartbeats.
 """
 
 import logging
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from typing import Final
 
@@ -25,7 +26,9 @@ from fallow.fabric.broker import ACCOUNT
 from fallow.fabric.nats_bus import open_client
 
 CONNZ_TIMEOUT_S: Final = 2.0
-CONNECTIONS_MAX: Final = 4096
+CONNECTIONS_PAGE: Final = 512
+"""Connections of one answer, so that it stays below the size of a message."""
+PAGES_MAX: Final = 128
 GONE_IDS_MAX: Final = 4096
 """Ids remembered as gone, so that an older snapshot does not revive them."""
 
@@ -63,7 +66,11 @@ class NatsPresence:
         self._client: Client | None = None
         self._on_disconnect: Callable[[str, str], None] | None = None
         self._names: dict[int, str] = {}
+        self._count: Counter[str] = Counter()
+        """Connections of each name, so that thousands of losses do not each look through everybody."""
         self._gone: deque[int] = deque(maxlen=GONE_IDS_MAX)
+        self._connection = 0
+        """Which of our own connections `_names` is of."""
 
     async def start(self, on_disconnect: Callable[[str, str], None]) -> None:
         self._on_disconnect = on_disconnect
@@ -71,15 +78,42 @@ class NatsPresence:
         try:
             await client.subscribe(f"$SYS.ACCOUNT.{ACCOUNT}.CONNECT", cb=self._connected)
             await client.subscribe(f"$SYS.ACCOUNT.{ACCOUNT}.DISCONNECT", cb=self._disconnected)
-            # Who was connected before we listened. The question travels behind the subscriptions.
-            query = msgspec.json.encode({"limit": CONNECTIONS_MAX})
-            reply = await client.request(f"$SYS.REQ.ACCOUNT.{ACCOUNT}.CONNZ", query, timeout=CONNZ_TIMEOUT_S)
+            # The question travels behind the subscriptions.
+            await self._look_around(client)
         except nats.errors.Error as error:
             await self.close()
             raise BusUnavailable(f"cannot watch the control bus's connections: {error}") from None
-        for connection in msgspec.json.decode(reply.data, type=_Snapshot).data.connections:
-            if connection.cid not in self._gone:
-                self._names[connection.cid] = connection.name
+
+    async def _look_around(self, client: Client) -> None:
+        """Learn who was connected before we listened."""
+        for page in range(PAGES_MAX):
+            query = msgspec.json.encode({"limit": CONNECTIONS_PAGE, "offset": page * CONNECTIONS_PAGE})
+            reply = await client.request(f"$SYS.REQ.ACCOUNT.{ACCOUNT}.CONNZ", query, timeout=CONNZ_TIMEOUT_S)
+            found = msgspec.json.decode(reply.data, type=_Snapshot).data.connections
+            for connection in found:
+                if connection.cid not in self._gone:
+                    self._note(connection.cid, connection.name)
+            if len(found) < CONNECTIONS_PAGE:
+                return
+
+    def _note(self, client_id: int, name: str) -> None:
+        if client_id not in self._names:
+            self._names[client_id] = name
+            self._count[name] += 1
+
+    async def _begin_anew(self) -> None:
+        """After a break of our own connection."""
+        client = self._client
+        if client is None or client.stats["reconnects"] == self._connection:
+            return
+        self._connection = client.stats["reconnects"]
+        self._names.clear()
+        self._count.clear()
+        self._gone.clear()
+        try:
+            await self._look_around(client)
+        except nats.errors.Error as error:
+            log.warning("who is connected to the control bus could not be asked: %s", error)
 
     async def close(self) -> None:
         client, self._client = self._client, None
@@ -88,15 +122,21 @@ class NatsPresence:
             await client.close()
 
     async def _connected(self, message: Msg) -> None:
+        await self._begin_anew()
         event = msgspec.json.decode(message.data, type=_Event)
-        self._names[event.client.id] = event.client.name
+        self._note(event.client.id, event.client.name)
 
     async def _disconnected(self, message: Msg) -> None:
+        await self._begin_anew()
         event = msgspec.json.decode(message.data, type=_Event)
-        self._names.pop(event.client.id, None)
+        known = self._names.pop(event.client.id, None)
+        if known is not None:
+            self._count[known] -= 1
+            if not self._count[known]:
+                del self._count[known]
         self._gone.append(event.client.id)
         name = event.client.name
-        if not name or name in self._names.values() or self._on_disconnect is None:
+        if not name or name in self._count or self._on_disconnect is None:
             return
         try:
             self._on_disconnect(name, event.reason)

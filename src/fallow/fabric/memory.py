@@ -5,7 +5,8 @@ Rules
 - Time is the event loop's alone (`call_at`), so that it runs under a loop with virtual time.
 - Tests and the simulator set conditions: `latency_s` per pair, `cut` and `heal` (silence, as when a cable is pulled),
   `crash` (a process dies: its peers' kernels tell them, its bus connection breaks).
-- No losses and no bandwidth limits: a link is a byte stream with a delay, as TCP and QUIC offer it.
+- No losses and no bandwidth limits: a link is a byte stream with a delay, as TCP and QUIC offer it. The simulator adds
+  both in subclasses (`simulator/network.py`): a link is made by `_make_link`, and says in `_put` when bytes are due.
 """
 
 import asyncio
@@ -24,13 +25,14 @@ from fallow.fabric.memory_bus import MemoryBus, MemoryHub, MemoryPresence
 class MemoryFabric:
     """The shared medium: who is there, and what lies between them."""
 
-    def __init__(self, latency_s: float = 0.0) -> None:
-        self.hub = MemoryHub()
+    def __init__(self, latency_s: float = 0.0, hub: MemoryHub | None = None) -> None:
+        self.hub = MemoryHub() if hub is None else hub
         self._latency_s = latency_s
         self._pair_latency_s: dict[frozenset[NodeId], float] = {}
         self._cuts: set[frozenset[NodeId]] = set()
         self._endpoints: dict[NodeId, MemoryEndpoint] = {}
-        self._links: set[MemoryLink] = set()
+        self._links: dict[MemoryLink, None] = {}
+        """Every end. A dict, because its order is the same in every run."""
         self._healed: asyncio.Event | None = None
 
     # --- parts ---
@@ -64,6 +66,10 @@ class MemoryFabric:
     def heal(self, a: NodeId, b: NodeId) -> None:
         """What was held passes, in order."""
         self._cuts.discard(frozenset((a, b)))
+        self.pump()
+
+    def pump(self) -> None:
+        """What may pass again is delivered, and dialling goes on."""
         if self._healed is not None:
             self._healed.set()
         for link in list(self._links):
@@ -97,15 +103,18 @@ class MemoryFabric:
         target = self._endpoints.get(there)
         if target is None or here not in self._endpoints:
             raise LinkClosed(f"nobody listens as {there[:8]}")
-        near, far = MemoryLink(self, here, there), MemoryLink(self, there, here)
+        near, far = self._make_link(here, there), self._make_link(there, here)
         near.other, far.other = far, near
         if not target.accepted.offer(far):
             raise LinkClosed(f"{there[:8]} accepts no more links at present")
-        self._links |= {near, far}
+        self._links |= {near: None, far: None}
         return near
 
+    def _make_link(self, here: NodeId, there: NodeId) -> "MemoryLink":
+        return MemoryLink(self, here, there)
+
     def forget_link(self, link: "MemoryLink") -> None:
-        self._links.discard(link)
+        self._links.pop(link, None)
 
     def forget_endpoint(self, node: NodeId) -> None:
         self._endpoints.pop(node, None)
@@ -143,8 +152,8 @@ class MemoryLink(LinkCore):
         super().__init__(there)
         self.here = here
         self._fabric = fabric
-        self._pipe: deque[tuple[float, bytes | None]] = deque()
-        """Due time and bytes; `None` is the end of the stream."""
+        self._pipe: deque[tuple[float, bytes | None, int]] = deque()
+        """Due time, bytes (`None` is the end of the stream), and how many they count for."""
         self._pipe_bytes = 0
         self._timer: asyncio.Handle | None = None
         self._drained: asyncio.Future[None] | None = None
@@ -152,7 +161,7 @@ class MemoryLink(LinkCore):
 
     def inject(self, data: bytes) -> None:
         """Send raw bytes, for tests of hostile peers."""
-        self._put(data)
+        self._write(data, b"")
 
     def pump(self) -> None:
         """Deliver what is due and may pass; then see to the rest."""
@@ -161,23 +170,25 @@ class MemoryLink(LinkCore):
             return
         now = self._loop.time()
         while self._pipe and self._pipe[0][0] <= now and not self.other._holding:
-            _, data = self._pipe.popleft()
+            _, data, size_bytes = self._pipe.popleft()
             if data is None:
                 self._fabric.forget_link(self)
                 self.other._eof()
             else:
-                self._pipe_bytes -= len(data)
+                self._pipe_bytes -= size_bytes
                 self.other._data(data)
         self._room()
         if not self._pipe and self._drained is not None and not self._drained.done():
             self._drained.set_result(None)
         self._schedule()
 
-    def _put(self, data: bytes | None) -> None:
-        due = self._loop.time() + self._fabric.latency_s(self.here, self._peer)
+    def _put(self, data: bytes | None, delay_s: float, size_bytes: int) -> None:
+        """Have bytes delivered after a delay, and after all that was put before."""
+        due_s = self._loop.time() + delay_s
         if self._pipe:
-            due = max(due, self._pipe[-1][0])
-        self._pipe.append((due, data))
+            due_s = max(due_s, self._pipe[-1][0])
+        self._pipe.append((due_s, data, size_bytes))
+        self._pipe_bytes += size_bytes
         self._schedule()
 
     def _schedule(self) -> None:
@@ -189,8 +200,7 @@ class MemoryLink(LinkCore):
 
     def _write(self, head: bytes, payload: Buffer) -> None:
         data = b"".join((head, payload))
-        self._pipe_bytes += len(data)
-        self._put(data)
+        self._put(data, self._fabric.latency_s(self.here, self._peer), len(data))
 
     def _unsent_bytes(self) -> int:
         return self._pipe_bytes
@@ -211,4 +221,4 @@ class MemoryLink(LinkCore):
             self._dropped = True
             self._pipe.clear()
             self._pipe_bytes = 0
-            self._put(None)
+            self._put(None, self._fabric.latency_s(self.here, self._peer), 0)

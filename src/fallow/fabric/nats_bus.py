@@ -3,7 +3,8 @@
 Rules
 - One connection per process. nats-py reconnects by itself, for ever; what is published meanwhile waits in a bounded
   buffer and is lost beyond it, as the contract says.
-- One subscription's messages are handled one after the other, in order. A handler that fails is logged.
+- One subscription's messages are handled one after the other, in order, unless it asked for several at once. A
+  handler that fails is logged.
 - nats-py's errors do not leave this module: `BusUnavailable` and `BusTimeout` do.
 - Credentials travel inside the url and never reach a log.
 """
@@ -49,6 +50,11 @@ class NatsBus:
         return cls(await open_client(urls, name))
 
     @property
+    def client(self) -> Client:
+        """For the other adapters on the same connection."""
+        return self._client
+
+    @property
     def connected(self) -> bool:
         return bool(self._client.is_connected)
 
@@ -81,8 +87,12 @@ class NatsBus:
             raise
         return bytes(reply.data)
 
-    async def subscribe(self, subject: str, handler: BusHandler, queue: str | None = None) -> "NatsSubscription":
+    async def subscribe(
+        self, subject: str, handler: BusHandler, queue: str | None = None, at_once: int = 1
+    ) -> "NatsSubscription":
         """Active on the server when this returns, if the bus is connected."""
+        room = asyncio.Semaphore(at_once)
+        handling: set[asyncio.Task[None]] = set()
 
         async def handle(message: Msg) -> None:
             try:
@@ -92,11 +102,21 @@ class NatsBus:
             except Exception:
                 log.exception("handling a message on %s failed", message.subject)
 
+        async def begin(message: Msg) -> None:
+            await room.acquire()
+            task = asyncio.get_running_loop().create_task(handle(message))
+            handling.add(task)
+            task.add_done_callback(end)
+
+        def end(task: asyncio.Task[None]) -> None:
+            handling.discard(task)
+            room.release()
+
         try:
             subscription = await self._client.subscribe(
                 subject,
                 queue=queue or "",
-                cb=handle,
+                cb=handle if at_once == 1 else begin,
                 pending_msgs_limit=PENDING_MESSAGES_MAX,
                 pending_bytes_limit=PENDING_BYTES_MAX,
             )

@@ -16,6 +16,7 @@ from fallow.gateway.keys import ApiKey
 from fallow.gateway.server import serve
 from fallow.gateway.sessions import FleetTokenSource
 from fallow.models.store import Store
+from fallow.policy.admission import AdmissionRules
 from fallow.processes.addresses import api_url, check_exposure
 from fallow.processes.lifetime import Stop
 from fallow.processes.store_server import StoreServer
@@ -54,7 +55,12 @@ async def run(config: Config, parent_pid: int | None = None) -> None:
     files = StoreServer(store, bus, peers, clock, subjects, endpoint.address)
     source = FleetTokenSource(bus, peers, store, clock, subjects, who.node, api_url(config))
     keys = [ApiKey(id=key.id, sha256=key.sha256, limits=key.limits) for key in config.gateway.keys]
-    app = create_app(source, tokenizer_file, clock, keys)
+    rules = AdmissionRules(
+        wait_max_s=config.gateway.wait_max_s,
+        waiting_max=config.gateway.waiting_max,
+        places_max=config.gateway.answers_max,
+    )
+    app = create_app(source, tokenizer_file, clock, keys, admission=rules)
     try:
         await peers.start()
         await files.start()

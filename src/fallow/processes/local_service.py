@@ -9,6 +9,7 @@ Plain and blocking: callers are scripts and tests.
 """
 
 import asyncio
+import contextlib
 import os
 import shutil
 import signal
@@ -147,8 +148,14 @@ class LocalService:
         return self.wait_for(lambda fleet: holders(fleet) >= copies, limit_s, f"{copies} ready copies of every layer")
 
     def child_pid(self, name: str) -> int:
-        """The process of a child of `fallow up`: `coordinator`, `gateway` or `node-N`. Raises `ServiceFailed`."""
+        """The process of a child of `fallow up`: `coordinator` (the one that leads, if one answers), `coordinator-N`,
+        `gateway` or `node-N`. Raises `ServiceFailed`."""
+        if name == "coordinator":
+            with contextlib.suppress(BusUnavailable, BusTimeout):
+                name = self.status().coordinators[0].name
         marks = {"coordinator": ["serve", "coordinator"], "gateway": ["serve", "gateway"]}
+        if name.startswith("coordinator-"):
+            marks[name] = ["serve", "coordinator", str(self.state_dir / "logs" / f"{name}.log")]
         for child in psutil.Process(self.pid).children():
             try:
                 words = child.cmdline()

@@ -9,9 +9,12 @@ from fallow.config import Config
 from fallow.domain.errors import ConfigError
 from fallow.models.store import Store
 from fallow.node.agent import Agent, AgentConfig
+from fallow.node.history import Declared, StayHistory
 from fallow.node.limits import split_memory
+from fallow.node.timetable import parse_departures, parse_windows
 from fallow.processes.lifetime import Stop
 from fallow.processes.lock import hold
+from fallow.processes.nearest_cell import nearest_cell
 from fallow.processes.supervisor import Tell
 
 NAME_MAX_CHARS: Final = 128
@@ -27,19 +30,25 @@ async def run(config: Config, tell: Tell, parent_pid: int | None = None) -> None
 async def _run(config: Config, tell: Tell, parent_pid: int | None) -> None:
     stop = Stop()
     stop.listen(parent_pid)
+    declared = Declared(
+        parse_windows("node.available", config.node.available),
+        parse_departures("node.departs", config.node.departs),
+    )
     memory = split_memory(config.node.memory_bytes, config.node.kv_budget_bytes)
     who = wiring.identity(config.device_dir)
     store = Store(config.device_dir / "models")
     bus = await wiring.open_bus(config, who.node)
+    cell = await nearest_cell(bus, wiring.clock(), config.cell) if config.node.nearest_cell else config.cell
     endpoint = await wiring.open_links(config, who, config.node.listen)
     engine = wiring.engine(memory.kv_budget_bytes, threads(config))
     agent = Agent(
         AgentConfig(
-            cell=config.cell,
+            cell=cell,
             name=name(config),
             memory_bytes=memory.memory_bytes,
             kv_budget_bytes=memory.kv_budget_bytes,
             version=__version__,
+            region=config.node.region or "",
         ),
         who.node,
         bus,
@@ -47,11 +56,12 @@ async def _run(config: Config, tell: Tell, parent_pid: int | None) -> None:
         engine,
         store,
         wiring.clock(),
+        history=StayHistory(config.device_dir / "stays.json", wiring.clock(), declared),
     )
     try:
         await agent.start()
         lent = f"{memory.memory_bytes / (1 << 30):.1f} GiB and {threads(config)} thread(s)"
-        tell(f"{name(config)} ({who.node[:8]}) has joined and lends {lent}. Ctrl-C leaves.")
+        tell(f"{name(config)} ({who.node[:8]}) has joined cell {cell} and lends {lent}. Ctrl-C leaves.")
         await stop.polite.wait()
         tell("Leaving: running answers move to other devices first. Once more stops at once.")
         await stop.unless_at_once(agent.drain(), LEAVE_LIMIT_S)

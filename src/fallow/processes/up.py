@@ -1,8 +1,9 @@
-"""`fallow up`: the control bus, the coordinator, the gateway and local devices, all looked after.
+"""`fallow up`: the control bus, the coordinators, the gateway and local devices, all looked after.
 
 Rules
 - The order of a start: a model in the store, the bus, then everything else at once. The order of a stop: the gateway
-  (running answers get a moment), the devices, the coordinator, the bus; all within `STOP_LIMIT_S`.
+  (running answers get a moment), the devices, the coordinators, the bus; all within `STOP_LIMIT_S`.
+- One coordinator leads and the others stand by, unless the bus offers no lease to lead by: then there is only one.
 - Secrets travel to children in their environment, never on a command line that others can read.
 - What other commands need to find this service (`fallow status`, `fallow chat`) is in `up.json` in the state folder,
   which only its owner may read, and goes when the service does.
@@ -22,10 +23,11 @@ import msgspec
 
 from fallow import wiring
 from fallow.config import Config, Loaded, as_environment
-from fallow.domain.errors import BusUnavailable, ConfigError, ModelError
+from fallow.domain.errors import BusUnavailable, ConfigError, LeaseUnsupported, ModelError
 from fallow.fabric.broker import Broker
 from fallow.models.store import Store
 from fallow.node.limits import split_memory
+from fallow.policy.leadership import LeaseRules
 from fallow.processes import runfile
 from fallow.processes.addresses import api_url, check_exposure, lan_address
 from fallow.processes.lifetime import Stop
@@ -112,7 +114,7 @@ class Service:
         self._tell = tell
         self._broker: Broker | None = None
         self._gateway: Child | None = None
-        self._coordinator: Child | None = None
+        self._coordinators: list[Child] = []
         self._nodes: list[Child] = []
 
     async def start(self) -> None:
@@ -128,10 +130,11 @@ class Service:
             self._tell(f"The control bus is nats-server {server.version} ({server.source}).")
         environment = as_environment(config) | {"FALLOW_BUS_URL": bus_url}
         system = {"FALLOW_BUS_SYSTEM_URL": system_url} if system_url is not None else {}
-        self._coordinator = self._child("coordinator", ["serve", "coordinator"], environment | system)
+        count = 1 + await self._standbys(bus_url)
+        self._coordinators = [self._coordinator(index, environment | system) for index in range(1, count + 1)]
         self._gateway = self._child("gateway", ["serve", "gateway"], environment)
         self._nodes = [self._node(index, environment) for index in range(1, config.local_nodes + 1)]
-        await asyncio.gather(*(child.start() for child in (self._coordinator, self._gateway, *self._nodes)))
+        await asyncio.gather(*(child.start() for child in (*self._coordinators, self._gateway, *self._nodes)))
         found = runfile.Running(pid=os.getpid(), bus_url=bus_url, api_url=api_url(config), cell=config.cell)
         runfile.write(config.state_dir, found)
 
@@ -156,8 +159,10 @@ class Service:
         while not stop.polite.is_set():
             if self._broker is not None and self._broker.failure is not None:
                 raise BusUnavailable(f"The control bus cannot be kept running: {self._broker.failure}")
-            for child in (self._gateway, self._coordinator):
-                if child is not None and child.given_up:
+            gateways = [self._gateway] if self._gateway is not None else []
+            for children in (gateways, self._coordinators):
+                if children and all(child.given_up for child in children):
+                    child = children[0]
                     raise BusUnavailable(f"The {child.name} cannot be kept running. {child.last_words()}")
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(stop.polite.wait(), FAILURE_POLL_S)
@@ -166,7 +171,7 @@ class Service:
         """Stop everything, in order."""
         await _stop(self._gateway)
         await asyncio.gather(*(_stop(node) for node in self._nodes))
-        await _stop(self._coordinator)
+        await asyncio.gather(*(_stop(coordinator) for coordinator in self._coordinators))
         if self._broker is not None:
             await self._broker.close()
         runfile.remove(self._config.state_dir)
@@ -182,6 +187,27 @@ class Service:
         if self._file is not None:
             command += ["--config", str(self._file)]
         return Child(name, command, environment, self._log_file(name).with_suffix(".output"), self._tell)
+
+    async def _standbys(self, bus_url: str) -> int:
+        """How many can take over from one that leads."""
+        standbys = self._config.coordinator.standbys
+        if not standbys or self._broker is not None:
+            return standbys
+        config = msgspec.structs.replace(self._config, bus=msgspec.structs.replace(self._config.bus, url=bus_url))
+        bus = await wiring.open_bus(config, "up")
+        try:
+            await wiring.open_lease(config, bus, LeaseRules().ttl_s)
+        except LeaseUnsupported:
+            self._tell("Your NATS server has no JetStream, so one coordinator runs, and none stands by.")
+            return 0
+        finally:
+            await bus.close()
+        return standbys
+
+    def _coordinator(self, index: int, environment: dict[str, str]) -> Child:
+        name = f"coordinator-{index}"
+        named = {"FALLOW_COORDINATOR_NAME": name}
+        return self._child(name, ["serve", "coordinator"], environment | named)
 
     def _node(self, index: int, environment: dict[str, str]) -> Child:
         config = self._config

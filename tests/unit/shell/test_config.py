@@ -131,3 +131,17 @@ def test_another_process_gets_the_same_settings(flags: dict[str, Any]) -> None:
     there = load({}, as_environment(here), folder=Path(os.devnull).parent).config
     for name in setting_names():
         assert value_of(there, name) == value_of(here, name)
+
+
+def test_what_an_owner_declares_reaches_another_process_unchanged(folder: Path) -> None:
+    write(folder, "[node]\nregion = 'north'\navailable = ['mon-fri 18:00-08:00', 'sat,sun 00:00-24:00']\n")
+    config = load({}, NOWHERE, folder=folder).config
+    assert config.node.available == ("mon-fri 18:00-08:00", "sat,sun 00:00-24:00")
+    assert load({}, as_environment(config), folder=folder / "elsewhere").config.node == config.node
+    assert load({"node.departs": "mon 07:45; fri 08:00"}, NOWHERE, folder=folder).config.node.departs == (
+        "mon 07:45",
+        "fri 08:00",
+    )
+    write(folder, "[node]\navailable = 'mon-fri 18:00-08:00'\nregion = 'no spaces'\n")
+    with pytest.raises(ConfigError, match=r"node\.region"):
+        load({}, NOWHERE, folder=folder)

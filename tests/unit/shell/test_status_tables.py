@@ -1,0 +1,45 @@
+"""What `fallow status` says of neighbour cells and of a fleet too large for one message."""
+
+from io import StringIO
+
+from rich.console import Console
+
+from fallow.cli.status import tables
+from fallow.domain.cells import CellDigest, ModelDigest, NeighbourCell
+from fallow.domain.fleet import FleetStatus, Heartbeat
+from fallow.domain.frames import PeerAddress
+from fallow.domain.ids import Digest, NodeId
+
+
+def said(fleet: FleetStatus) -> str:
+    console = Console(width=160, record=True, file=StringIO())
+    console.print(tables(fleet))
+    return console.export_text()
+
+
+def neighbour(cell: str, *models: ModelDigest, rtt_s: float | None = None, sessions_sent: int = 0) -> NeighbourCell:
+    digest = CellDigest(cell=cell, boot="b", sequence=1, devices=12, devices_max=400, models=models)
+    return NeighbourCell(digest=digest, silent_s=0.5, rtt_s=rtt_s, sessions_sent=sessions_sent)
+
+
+def test_a_line_for_each_neighbour_cell() -> None:
+    served = ModelDigest(model=Digest("a" * 64), servable=True, load=0.42)
+    missing = ModelDigest(model=Digest("b" * 64), servable=False)
+    known = (neighbour("berlin", served, missing, rtt_s=0.0123, sessions_sent=3), neighbour("oslo", missing))
+    text = said(FleetStatus(nodes=(), silent_s={}, models=(), neighbours=known))
+    assert "Cell berlin: 12 devices, 12 ms away, serves 1 model, busiest model at 42%, 3 sessions sent there" in text
+    assert "Cell oslo: 12 devices, serves 0 models\n" in text
+
+
+def test_devices_that_are_left_out_are_counted() -> None:
+    node = NodeId("1" * 64)
+    beat = Heartbeat(
+        node=node,
+        name="desk",
+        sequence=1,
+        address=PeerAddress(node=node, endpoints=()),
+        memory_bytes=1,
+        kv_budget_bytes=0,
+        kv_free_bytes=0,
+    )
+    assert "and 19500 more devices" in said(FleetStatus(nodes=(beat,), silent_s={}, models=(), nodes_left_out=19_500))
