@@ -221,7 +221,7 @@ def test_paths_and_methods() -> None:
 
 def test_no_capacity_says_when_to_try_again() -> None:
     no_route = Faults(on_open=NoRoute("No devices can serve layers 4 to 8 at present."))
-    for options in ({"faults": no_route}, {"capacity": 0}, {"limits": ApiLimits(max_active_choices=0)}):
+    for options in ({"faults": no_route}, {"capacity": 0}):
         for stream in (False, True):
             reply = post("/v1/chat/completions", CHAT | {"stream": stream}, **options)
             assert reply.status_code == 503

@@ -1,9 +1,10 @@
 """The OpenAI-compatible API as an ASGI app.
 
-A generating request goes: key → place → body → plan → prompt tokens → choices → reply. Whatever it took (a place, the
-key's concurrency) is given back in every case, and the key is charged for what was really generated. A client that
-hangs up cancels its choices. Errors before the first token have their own status; later ones are an event in the
-stream, which then ends. No CORS headers are sent.
+A generating request goes: key → body → plan → prompt tokens → place → choices → reply. It may wait for its place, or be
+told when to come again (`admission.py`). Whatever it took (a place, the key's concurrency) is given back in every case,
+and the key is charged for what was really generated. A client that hangs up leaves the queue and cancels its choices.
+Errors before the first token have their own status; later ones are an event in the stream, which then ends. No CORS
+headers are sent.
 """
 
 import logging
@@ -20,13 +21,15 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fallow.domain.clock import Clock
-from fallow.domain.errors import BadRequest, ContextExceeded
+from fallow.domain.errors import BadRequest, ContextExceeded, KvExhausted
+from fallow.gateway.admission import Admission
 from fallow.gateway.contract import TokenSource
 from fallow.gateway.generation import ChoiceSpec, Chunk, Tally, generate, generate_all
 from fallow.gateway.keys import ApiKey, KeyRing, Lease
 from fallow.gateway.metrics import GatewayMetrics
-from fallow.gateway.problems import Problem, foreign_host, http_problem, overloaded, problem_of
-from fallow.gateway.replies import Answer, ChatAnswer, CompletionAnswer, Envelope
+from fallow.gateway.prepared import Prepared
+from fallow.gateway.problems import OVERLOADED, Problem, foreign_host, http_problem, problem_of
+from fallow.gateway.replies import ChatAnswer, CompletionAnswer, Envelope
 from fallow.gateway.requests import (
     MAX_CHOICES,
     Plan,
@@ -41,8 +44,6 @@ from fallow.gateway.schema import (
     CompletionRequest,
     ModelCard,
     ModelList,
-    PromptTokensDetails,
-    Usage,
 )
 from fallow.gateway.text import TextModel, TextModels, TokenizerFile
 from fallow.gateway.wire import (
@@ -55,6 +56,7 @@ from fallow.gateway.wire import (
     send_problem,
     unless_disconnected,
 )
+from fallow.policy.admission import AdmissionRules
 
 _LOG = logging.getLogger(__name__)
 
@@ -64,19 +66,8 @@ class ApiLimits(msgspec.Struct, frozen=True, kw_only=True):
 
     max_body_bytes: int = 4 << 20
     body_timeout_s: float = 20.0
-    max_active_choices: int = 256
     default_max_new_tokens: int = 1024
     """For chats that name no limit; the room left in the context if that is less."""
-
-
-class Prepared(msgspec.Struct, frozen=True, kw_only=True):
-    """A request that is ready to be generated: one prompt for each choice, equal ones next to each other."""
-
-    plan: Plan
-    model: TextModel
-    prompts: list[list[int]]
-    max_new_tokens: int
-    answer: Answer
 
 
 Prepare = Callable[[bytes, str], Awaitable[Prepared]]
@@ -91,12 +82,17 @@ def create_app(
     limits: ApiLimits | None = None,
     metrics: GatewayMetrics | None = None,
     entropy: Callable[[], int] = lambda: secrets.randbits(64),
+    admission: AdmissionRules | None = None,
 ) -> Starlette:
     """The app. `entropy` gives 64 random bits, for ids and for choices without a seed.
 
     Raises `ConfigError` for unusable keys.
     """
-    gateway = _Gateway(source, tokenizer_file, clock, KeyRing(keys, clock), limits or ApiLimits(), metrics, entropy)
+    metrics = metrics or GatewayMetrics()
+    door = Admission(admission or AdmissionRules(), clock, metrics)
+    gateway = _Gateway(
+        source, tokenizer_file, clock, KeyRing(keys, clock), limits or ApiLimits(), metrics, entropy, door
+    )
     routes = [
         Route("/health", _Endpoint(gateway, gateway.health), methods=["GET"]),
         Route("/metrics", _Endpoint(gateway, gateway.show_metrics), methods=["GET"]),
@@ -118,15 +114,17 @@ class _Gateway:
         clock: Clock,
         keys: KeyRing,
         limits: ApiLimits,
-        metrics: GatewayMetrics | None,
+        metrics: GatewayMetrics,
         entropy: Callable[[], int],
+        door: Admission,
     ) -> None:
         self._source = source
         self._clock = clock
         self._keys = keys
         self._limits = limits
-        self.metrics = metrics or GatewayMetrics()
+        self.metrics = metrics
         self.entropy = entropy
+        self._door = door
         self._started_unix_s = int(clock.unix_s())
         self._models = TextModels(source.models, tokenizer_file, lambda: datetime.fromtimestamp(clock.unix_s()))
 
@@ -173,7 +171,7 @@ class _Gateway:
         try:
             body = await read_body(scope, receive, self._limits.max_body_bytes, self._limits.body_timeout_s)
             prepared = await prepare(body, scope["state"]["request_id"])
-            prompt_tokens = sum(len(prompt) for prompt in prepared.prompts[:: prepared.plan.choices])
+            prompt_tokens = prepared.prompt_tokens
             tallies.extend(Tally() for _ in prepared.prompts)
             await self._answer(scope, receive, send, prepared, tallies, lease)
         finally:
@@ -183,26 +181,36 @@ class _Gateway:
     async def _answer(
         self, scope: Scope, receive: Receive, send: Send, prepared: Prepared, tallies: list[Tally], lease: Lease
     ) -> None:
-        count = len(prepared.prompts)
-        if self.metrics.active_choices + count > self._limits.max_active_choices:
-            raise overloaded("The gateway is generating as many answers as it may. Try again in a moment.")
-        self.metrics.choices_changed(count)
-        run = self._stream if prepared.plan.streamed else self._whole
         try:
-            work = run(send, prepared, tallies, lease.owner, scope["state"]["request_id"])
+            work = self._in_turn(send, prepared, tallies, lease.owner, scope["state"]["request_id"])
             await unless_disconnected(receive, work)
         finally:
-            self.metrics.choices_changed(-count)
-            usage = _usage(prepared, tallies)
-            self.metrics.prompt_tokens.inc(usage.prompt_tokens)
-            self.metrics.cached_tokens.inc(usage.prompt_tokens_details.cached_tokens)
+            if any(tally.completion_tokens for tally in tallies):
+                usage = prepared.usage(tallies)
+                self.metrics.prompt_tokens.inc(usage.prompt_tokens)
+                self.metrics.cached_tokens.inc(usage.prompt_tokens_details.cached_tokens)
+
+    async def _in_turn(self, send: Send, prepared: Prepared, tallies: list[Tally], owner: str, request_id: str) -> None:
+        """Wait for a place, then generate."""
+        run = self._stream if prepared.plan.streamed else self._whole
+        count = len(prepared.prompts)
+        async with self._door.place(owner, count, prepared.prompt_tokens) as place:
+            self.metrics.choices_changed(count)
+            try:
+                await run(send, prepared, tallies, owner, request_id)
+            except KvExhausted:
+                self._door.no_room()
+                raise
+            finally:
+                self.metrics.choices_changed(-count)
+                place.tokens = sum(tally.completion_tokens for tally in tallies)
 
     async def _whole(self, send: Send, prepared: Prepared, tallies: list[Tally], owner: str, request_id: str) -> None:
         async def emit(chunk: Chunk) -> None:
             prepared.answer.collect(chunk)
 
         await self._generate_choices(prepared, tallies, owner, emit)
-        await send_json(send, prepared.answer.reply(_usage(prepared, tallies)))
+        await send_json(send, prepared.answer.reply(prepared.usage(tallies)))
 
     async def _stream(self, send: Send, prepared: Prepared, tallies: list[Tally], owner: str, request_id: str) -> None:
         stream = EventStream(send)
@@ -220,7 +228,7 @@ class _Gateway:
             await stream.event(problem.encoded())
         else:
             if prepared.plan.usage_in_stream:
-                await stream.event(prepared.answer.usage_event(_usage(prepared, tallies)))
+                await stream.event(prepared.answer.usage_event(prepared.usage(tallies)))
         await stream.end()
 
     async def _generate_choices(
@@ -241,7 +249,7 @@ class _Gateway:
                 owner=owner,
                 keep=index % plan.choices == 0,
             )
-            choices.append(generate(self._source, prepared.model, spec, tally, emit, self._clock, self.metrics))
+            choices.append(generate(self._source, prepared.model, spec, tally, emit, self._clock, self._door))
         await generate_all(choices)
 
     # --- preparing ------------------------------------------------------------------------------------
@@ -329,7 +337,7 @@ class _Gateway:
         """The reply to an error, counted and, when it is our fault, logged."""
         problem = problem_of(error, request_id)
         self.metrics.refusals.labels(problem.body.code or str(problem.status)).inc()
-        if problem.status >= 500:
+        if problem.status >= 500 and problem.body.code != OVERLOADED:
             hidden = problem.body.code == "internal"
             _LOG.warning("request %s failed: %s", request_id, error, exc_info=error if hidden else None)
         return problem
@@ -362,19 +370,6 @@ class _Endpoint:
             await send_problem(send_noted, self._gateway.refused(error, request_id))
         finally:
             self._gateway.metrics.requests.labels(scope["route"].path, str(status)).inc()
-
-
-def _usage(prepared: Prepared, tallies: list[Tally]) -> Usage:
-    """A prompt counts once, however many choices it has; the first choice says what was cached of it."""
-    step = prepared.plan.choices
-    prompt_tokens = sum(len(prompt) for prompt in prepared.prompts[::step])
-    completion_tokens = sum(tally.completion_tokens for tally in tallies)
-    return Usage(
-        prompt_tokens=prompt_tokens,
-        completion_tokens=completion_tokens,
-        total_tokens=prompt_tokens + completion_tokens,
-        prompt_tokens_details=PromptTokensDetails(cached_tokens=sum(tally.cached_tokens for tally in tallies[::step])),
-    )
 
 
 async def _http_error(request: Request, error: Exception) -> Response:

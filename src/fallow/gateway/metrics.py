@@ -8,6 +8,8 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 FIRST_TOKEN_BUCKETS_S = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
 NEXT_TOKEN_BUCKETS_S = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 3.0, 10.0)
 
+WAIT_BUCKETS_S = (0.005, 0.05, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
+
 
 class GatewayMetrics:
     """Counters of one gateway. Also the `Observer` of its generations."""
@@ -30,6 +32,14 @@ class GatewayMetrics:
         self.generated_tokens = 0
         """Tokens generated since the start, for rates in status reports."""
         self.active_choices = 0
+        self._waiting = Gauge("fallow_waiting_requests", "Requests that wait for a place.", registry=self.registry)
+        self._places = Gauge("fallow_places", "Answers that may be generated at once.", registry=self.registry)
+        self._waited = Histogram(
+            "fallow_waited_seconds",
+            "How long admitted requests waited for their place.",
+            buckets=WAIT_BUCKETS_S,
+            registry=self.registry,
+        )
         self._active = Gauge("fallow_active_choices", "Choices that are being generated.", registry=self.registry)
         self._first = Histogram(
             "fallow_first_token_seconds",
@@ -51,6 +61,14 @@ class GatewayMetrics:
     def next_token(self, elapsed_s: float) -> None:
         self._next.observe(elapsed_s)
         self._token()
+
+    def door(self, waiting: int, places: int) -> None:
+        """How many requests wait, and how many answers may run."""
+        self._waiting.set(waiting)
+        self._places.set(places)
+
+    def waited(self, elapsed_s: float) -> None:
+        self._waited.observe(elapsed_s)
 
     def choices_changed(self, change: int) -> None:
         self.active_choices += change

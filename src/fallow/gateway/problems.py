@@ -25,6 +25,9 @@ from fallow.gateway.schema import ErrorBody, ErrorReply
 RETRY_AFTER_S = 2.0
 """When to try again after a lack of capacity."""
 
+OVERLOADED = "overloaded"
+"""The code of a refusal that is no failure: many may come, and none is worth a line in the log."""
+
 _NO_CAPACITY = (NoRoute, KvExhausted, StageRefused, BusUnavailable, BusTimeout)
 
 
@@ -90,8 +93,8 @@ def rate_limited(message: str, kind: str, retry_after_s: float) -> Problem:
     return Problem(429, ErrorBody(message=message, type=kind, code="rate_limit_exceeded"), retry_after_s)
 
 
-def overloaded(message: str) -> Problem:
-    return Problem(503, ErrorBody(message=message, type="server_error", code="overloaded"), RETRY_AFTER_S)
+def overloaded(message: str, retry_after_s: float = RETRY_AFTER_S) -> Problem:
+    return Problem(503, ErrorBody(message=message, type="server_error", code=OVERLOADED), retry_after_s)
 
 
 def http_problem(status: int, message: str) -> Problem:

@@ -33,6 +33,7 @@ from fallow.fabric.contract import Bus, Subscription
 from fallow.fabric.peers import Peers
 from fallow.gateway.chain import Chain, Router
 from fallow.gateway.contract import Candidates
+from fallow.gateway.questions import Questions
 from fallow.models.store import Store
 from fallow.policy.prefix import common_prefix
 
@@ -56,8 +57,8 @@ log = logging.getLogger(__name__)
 class BusRouter:
     """`Router` over the bus."""
 
-    def __init__(self, bus: Bus, subjects: Subjects, origin: NodeId) -> None:
-        self._bus = bus
+    def __init__(self, questions: Questions, subjects: Subjects, origin: NodeId) -> None:
+        self._questions = questions
         self._subjects = subjects
         self._origin = origin
 
@@ -72,7 +73,7 @@ class BusRouter:
             keep=tuple(keep),
             origin=self._origin,
         )
-        answer = await self._bus.request(self._subjects.route, msgspec.json.encode(request), ROUTE_TIMEOUT_S)
+        answer = await self._questions.ask(self._subjects.route, msgspec.json.encode(request))
         reply = msgspec.json.decode(answer, type=RouteReply)
         if not reply.hops:
             if reply.error is not None and reply.code == KvExhausted.code:
@@ -117,8 +118,9 @@ class FleetTokenSource:
     """`TokenSource` over the fleet. Feed it every session frame and every lost peer."""
 
     def __init__(
-        self, bus: Bus, peers: Peers, store: Store, clock: Clock, subjects: Subjects, origin: NodeId, url: str = ""
-    ) -> None:
+        self, bus: Bus, peers: Peers, store: Store, clock: Clock, subjects: Subjects, origin: NodeId, url: str = "",
+        new_session: Callable[[], SessionId] = lambda: SessionId(secrets.token_hex(16)),
+    ) -> None:  # fmt: skip
         self._bus = bus
         self._peers = peers
         self._store = store
@@ -126,7 +128,9 @@ class FleetTokenSource:
         self._subjects = subjects
         self._origin = origin
         self._url = url
-        self._router: Router = BusRouter(bus, subjects, origin)
+        self._new_session = new_session
+        self._questions = Questions(bus, subjects, clock)
+        self._router: Router = BusRouter(self._questions, subjects, origin)
         self._manifests: dict[Digest, Manifest] = {}
         self._live: dict[SessionId, Chain] = {}
         self._kept: deque[_Kept] = deque()
@@ -138,6 +142,7 @@ class FleetTokenSource:
         self.events: deque[str] = deque(maxlen=EVENTS_MAX)
 
     async def start(self) -> None:
+        await self._questions.start()
         self._subscription = await self._bus.subscribe(self._subjects.gone, self._on_node_gone)
         self._spawn(self._tick())
         self._spawn(self._refresh_catalogue())
@@ -145,6 +150,7 @@ class FleetTokenSource:
     async def close(self) -> None:
         if self._subscription is not None:
             await self._subscription.cancel()
+        await self._questions.close()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -171,7 +177,7 @@ class FleetTokenSource:
         if reused is not None:
             return reused
         chain = Chain(
-            SessionId(secrets.token_hex(16)),
+            self._new_session(),
             model,
             total,
             top_k,
@@ -223,7 +229,9 @@ class FleetTokenSource:
                     if attempt == OPEN_ATTEMPTS_MAX:
                         raise
                     await self._clock.sleep(OPEN_RETRY_S * attempt)
-                except (NoRoute, StageRefused, BusTimeout, BusUnavailable) as error:
+                except (BusTimeout, BusUnavailable) as error:
+                    raise NoRoute(f"No coordinator could be asked for a chain: {error.message}") from error
+                except (NoRoute, StageRefused) as error:
                     if attempt == OPEN_ATTEMPTS_MAX:
                         raise NoRoute(f"No chain of devices could be opened: {error.message}") from error
                     await self._clock.sleep(OPEN_RETRY_S)

@@ -17,6 +17,7 @@ from fallow.gateway.keys import ApiKey
 from fallow.gateway.memory import MemoryTokenSource, Predictor, hash_predictor
 from fallow.gateway.metrics import GatewayMetrics
 from fallow.gateway.server import HttpServer, ServerLimits, serve
+from fallow.policy.admission import AdmissionRules
 from fallow.system_clock import SystemClock
 
 VOCABULARY = 400
@@ -128,13 +129,14 @@ def app_of(
     tokenizer_file: Callable[[Manifest], Awaitable[bytes]] = read_tokenizer,
     manifests: Sequence[Manifest] | None = None,
     metrics: GatewayMetrics | None = None,
+    admission: AdmissionRules | None = None,
     **source_options: Any,
 ) -> tuple[MemoryTokenSource, Starlette]:
     """The app in front of the in-memory token source."""
     clock = SystemClock()
     served = [manifest()] if manifests is None else manifests
     source = MemoryTokenSource(served, predictor or hash_predictor(VOCABULARY), clock, **source_options)
-    return source, create_app(source, tokenizer_file, clock, keys, limits, metrics)
+    return source, create_app(source, tokenizer_file, clock, keys, limits, metrics, admission=admission)
 
 
 @asynccontextmanager
