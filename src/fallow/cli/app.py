@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from fallow import __version__
-from fallow.cli import chat, fleet, keys, model, serve, settings, status
+from fallow.cli import chat, fleet, keys, model, serve, settings, sim, status
 
 app = typer.Typer(
     name="fallow",
@@ -44,3 +44,4 @@ app.add_typer(model.app, name="model")
 app.add_typer(keys.app, name="key")
 app.add_typer(settings.app, name="config")
 app.add_typer(serve.app, name="serve")
+app.add_typer(sim.app, name="sim")

@@ -1,9 +1,10 @@
-"""A `StageEngine` without a model: hashes for layers, the event loop's time for speed.
+"""A `StageEngine` without a model: mixed numbers for layers, the event loop's time for speed.
 
 Rules
 - It honours the whole contract, and its "logits" depend on everything that the real ones do: every earlier token of the
   session, every layer in order, and each row's `Phase`. A lost, doubled, reordered or misrouted row changes the answer.
-- A call takes `call_s(rows, layers)` of the loop's time and takes what is ready, as the real engine does.
+- A call computes what is ready, as the real engine does, in `call_s(rows, layers)` of the loop's time. The simulator's
+  engine (`simulator/engine_model.py`) overrides both (`_take`, `_duration_s`) and computes as this one does.
 - Tests and the simulator can kill it (`crash`) and hang it (`hang`).
 
 Not here: accuracy, memory use, or the real scheduler's order of prefill and decode.
@@ -11,14 +12,15 @@ Not here: accuracy, memory use, or the real scheduler's order of prefill and dec
 
 import asyncio
 from collections.abc import Callable, Mapping
-from hashlib import blake2b
 from pathlib import Path
+from struct import pack
 from typing import Final
 
 import numpy as np
 
 from fallow.domain.errors import EngineError, EngineLost, KvExhausted, PositionMismatch, UnknownSession
 from fallow.domain.fleet import Speed
+from fallow.domain.frames import Phase
 from fallow.domain.ids import Digest, SessionId
 from fallow.domain.model import Manifest, Span, StageSpec
 from fallow.engine.contract import EngineLoad, Loaded, Step, Stepped
@@ -27,11 +29,28 @@ ROW_BYTES: Final = 8
 SESSIONS_MAX: Final = 1024
 
 
-def _hash(*parts: bytes) -> bytes:
-    digest = blake2b(digest_size=ROW_BYTES)
-    for part in parts:
-        digest.update(part)
-    return digest.digest()
+_PRIME: Final = (1 << 30) - 35
+"""Below 2^30, so that Python multiplies and divides in single digits."""
+_PHASE: Final = {Phase.PREFILL: 104_729, Phase.DECODE: 611_953}
+
+
+def next_row(prefix: list[int], first_layer: int, row: int, phase: Phase) -> int:
+    """Push one row through layers. `prefix` holds a number for each layer, which stands for all rows so far.
+
+    A polynomial hash modulo a prime along positions, squared along layers: what goes in twice, not at all, in another
+    order or changed leaves another number, but for one chance in 2^30. Simulations spend much of their time here.
+    """
+    kind = _PHASE[phase] + first_layer
+    for index, before in enumerate(prefix):
+        kind += 1
+        prefix[index] = mixed = (before * 715_827_883 + row * 39_916_801 + kind) % _PRIME
+        row = (mixed * mixed + row + kind) % _PRIME
+    return row
+
+
+def choice(row: int, vocab_size: int) -> int:
+    """The token that the last layer's row proposes first."""
+    return row % vocab_size
 
 
 class _Session:
@@ -39,8 +58,8 @@ class _Session:
         self.model = model
         self.span = span
         self.reserve_tokens = reserve_tokens
-        self.prefixes: list[list[bytes]] = []
-        """The cache: for each position, each layer's digest of everything up to it."""
+        self.prefixes: list[list[int]] = []
+        """The cache: for each position, each layer's number for everything up to it."""
 
 
 class MemoryEngine:
@@ -170,54 +189,68 @@ class MemoryEngine:
             self._wake.clear()
             while self._ready:
                 await self._running.wait()
-                taken, self._ready = self._ready, []
-                rows = sum(step.count for step, _ in taken)
-                spans = (self._held(step.session).span for step, _ in taken if self._holds(step))
-                layers = max((span.layer_count for span in spans), default=0)
-                await asyncio.sleep(self._call_s(rows, layers))
+                taken = self._take()
+                await asyncio.sleep(self._duration_s([step for step, _ in taken if self._holds(step)]))
                 for step, waiter in taken:
                     if not waiter.done():
                         self._finish(step, waiter)
+
+    def _take(self) -> list[tuple[Step, asyncio.Future[Stepped]]]:
+        """What the next call computes."""
+        taken, self._ready = self._ready, []
+        return taken
+
+    def _duration_s(self, steps: list[Step]) -> float:
+        """How long a call takes."""
+        layers = max((self._held(step.session).span.layer_count for step in steps), default=0)
+        return self._call_s(sum(step.count for step in steps), layers)
 
     def _finish(self, step: Step, waiter: "asyncio.Future[Stepped]") -> None:
         if not self._holds(step):
             waiter.set_exception(UnknownSession("the session was freed"))
             return
-        waiter.set_result(self._compute(self._held(step.session), step))
+        held = self._held(step.session)
+        # A rewind or a second load may have come while the call took its time.
+        if len(held.prefixes) != step.position:
+            waiter.set_exception(PositionMismatch(f"rows at {step.position} for a session at {len(held.prefixes)}"))
+            return
+        waiter.set_result(self._compute(held, step))
 
     def _compute(self, held: _Session, step: Step) -> Stepped:
         _, manifest = self._hosted[held.model]
-        size = 4 if held.span.first == 0 else ROW_BYTES
+        row_bytes = 4 if held.span.first == 0 else ROW_BYTES
         payload = bytes(step.payload)
-        out: list[bytes] = []
-        for index in range(step.count):
-            row = payload[index * size : (index + 1) * size]
-            before = held.prefixes[-1] if held.prefixes else [b""] * held.span.layer_count
-            prefix: list[bytes] = []
-            for layer in range(held.span.first, held.span.last):
-                prefix.append(_hash(before[layer - held.span.first], row, step.phase.encode()))
-                row = _hash(layer.to_bytes(2, "little"), row, prefix[-1])
+        rows: list[int] = []
+        for at in range(0, step.count * row_bytes, row_bytes):
+            row = int.from_bytes(payload[at : at + row_bytes], "little")
+            prefix = list(held.prefixes[-1]) if held.prefixes else [0] * held.span.layer_count
+            rows.append(next_row(prefix, held.span.first, row, step.phase))
             held.prefixes.append(prefix)
-            out.append(row)
         self.rows_computed += step.count
         if held.span.last < manifest.config.layer_count:
-            return Stepped(payload=b"".join(out), logit_count=0, k=None, compute_s=0.0)
-        return self._logits(out, step)
+            out = b"".join(row.to_bytes(ROW_BYTES, "little") for row in rows)
+            return Stepped(payload=out, logit_count=0, k=None, compute_s=0.0)
+        return self._logits(rows, step)
 
-    def _logits(self, rows: list[bytes], step: Step) -> Stepped:
+    def _logits(self, rows: list[int], step: Step) -> Stepped:
         wanted = rows[max(0, step.logits_from - step.position) :]
         if step.top_k is None:
-            full = [
-                np.frombuffer(_hash(row) * (self._vocab_size // 8 + 1), np.uint8)[: self._vocab_size] for row in wanted
-            ]
-            logits = np.stack(full).astype(np.float32) if full else np.zeros((0, self._vocab_size), np.float32)
+            # The row's bytes again and again: a distribution that any change of the row changes.
+            repeated = b"".join(
+                (row.to_bytes(8, "little") * (self._vocab_size // 8 + 1))[: self._vocab_size] for row in wanted
+            )
+            logits = np.frombuffer(repeated, np.uint8).reshape(len(wanted), self._vocab_size).astype(np.float32) / 16
             logprobs = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
             return Stepped(payload=logprobs.tobytes(), logit_count=len(wanted), k=None, compute_s=0.0)
         k = min(step.top_k, self._vocab_size)
-        first = np.array([int.from_bytes(row, "little") % self._vocab_size for row in wanted], np.int32).reshape(-1, 1)
-        ids = (first + np.arange(k, dtype=np.int32)) % self._vocab_size
-        logprobs = np.broadcast_to(-0.5 - np.arange(k, dtype=np.float32), ids.shape)
-        payload = ids.astype(np.int32).tobytes() + logprobs.tobytes()
+        if k == 1:
+            ids = [choice(row, self._vocab_size) for row in wanted]
+            payload = pack(f"<{len(ids)}i{len(ids)}f", *ids, *[-0.5] * len(ids))
+            return Stepped(payload=payload, logit_count=len(wanted), k=1, compute_s=0.0)
+        first = np.array([choice(row, self._vocab_size) for row in wanted], np.int32).reshape(-1, 1)
+        several = (first + np.arange(k, dtype=np.int32)) % self._vocab_size
+        logprobs = np.broadcast_to(-0.5 - np.arange(k, dtype=np.float32), several.shape)
+        payload = several.astype(np.int32).tobytes() + logprobs.tobytes()
         return Stepped(payload=payload, logit_count=len(wanted), k=k, compute_s=0.0)
 
     # --- bookkeeping ---
