@@ -7,9 +7,9 @@ Rules
   a stretch because devices compute several rows at once for little more than one. It begins with few places, so that
   the idle gap is seen before the fleet is full, and grows fast until tokens come too slowly for the first time.
 - Fair between keys, by tokens and not by requests: each key has a counter of the tokens that it was served, and the
-  waiting key with the lowest counter is next (the virtual token counter of Sheng and others, OSDI 2024). A key that
-  comes back after a pause begins at the lowest counter of those who are there, so that nobody saves up credit. A
-  request is charged with what its key's answers usually cost, and corrected when it ends.
+  waiting key with the lowest counter is next (the virtual token counter of Sheng and others, OSDI 2024). What runs
+  counts with what its key's answers usually cost, until it is known. A key that comes back after a pause begins at the
+  lowest counter of those who are there, so that nobody saves up credit.
 - While other keys have been there lately, no key takes the last `reserve_share` of the places: who asks seldom does
   not wait for a place of who asks always.
 - A request that would wait longer than `wait_max_s`, as predicted from the places and how long answers take, is
@@ -20,7 +20,6 @@ Pure: `FairQueue` is a value that only its methods change; the time is an argume
 nothing; `gateway/admission.py` does.
 """
 
-import math
 from enum import StrEnum
 from typing import Final
 
@@ -40,15 +39,19 @@ class AdmissionRules(msgspec.Struct, frozen=True, kw_only=True):
     stretch: float = 6.0
     """Tokens may come so much slower than on an idle fleet: eight rows at once cost a device 2.6 times one and sixteen
     4.4 times, and a chain has several devices to wait at."""
-    growth: float = 1.6
-    """Of the places in a window, until tokens came too slowly for the first time; by their root from then on."""
+    growth_first: float = 1.6
+    """Of the places in a window, until tokens came half as slowly as they may for the first time."""
+    growth: float = 1.05
+    """From then on. As gentle as the fall below: places that swing begin and end many answers at once."""
     samples_min: int = 20
     """Gaps between tokens without which a window goes on, for `window_max_s` at most."""
     window_s: float = 1.0
     window_max_s: float = 10.0
-    gradient_min: float = 0.85
-    """The number of places falls by at most this factor below the answers that run: nobody can begin until so many
-    have ended, whatever their share."""
+    gradient_min: float = 0.95
+    """The number of places falls by at most this factor below the answers that run, in a window. Nobody can begin until
+    so many have ended, and then many at once, which costs the devices more than they save."""
+    gap_weight: float = 0.3
+    """Of the newest window's gap in the mean that decides."""
     quiet_share: float = 0.25
     """A window in which no more of the places were taken shows the idle gap, also when it has grown."""
     quiet_weight: float = 0.2
@@ -86,8 +89,10 @@ class Places(msgspec.Struct, frozen=True, kw_only=True):
     count: float
     idle_gap_s: float | None = None
     """The time between tokens when few answers run."""
+    gap_s: float | None = None
+    """The time between tokens now."""
     was_full: bool = False
-    """Whether tokens ever came too slowly: from then on, places grow carefully."""
+    """Whether the fleet was ever seen to have work: from then on, places grow carefully."""
 
     @property
     def whole(self) -> int:
@@ -101,18 +106,22 @@ def places_first(rules: AdmissionRules) -> Places:
 def adapted(places: Places, window: Window, rules: AdmissionRules) -> Places:
     """The places after a window."""
     idle_s = _idle_gap_s(places, window, rules)
+    gap_s = window.gap_s
+    if gap_s is not None and places.gap_s is not None:
+        gap_s = _mixed(places.gap_s, gap_s, rules.gap_weight)
     count, was_full = places.count, places.was_full
     if window.no_room:
         count, was_full = min(count, float(window.running_then)), True
-    elif window.gap_s is not None and idle_s is not None:
-        gradient = max(rules.gradient_min, min(1.0, rules.stretch * idle_s / window.gap_s))
-        if gradient < 1.0:
+    elif gap_s is not None and idle_s is not None:
+        may_s = rules.stretch * idle_s
+        was_full = was_full or (window.gap_s or 0.0) > may_s / 2
+        if gap_s > may_s:
             # What runs made this gap. Counted from the places, long answers would shrink them again and again.
-            count, was_full = min(count, window.running_most * gradient), True
+            count = min(count, window.running_most * max(rules.gradient_min, may_s / gap_s))
         elif window.running_most >= places.whole:
-            count += math.sqrt(count) if was_full else count * (rules.growth - 1.0)
+            count *= rules.growth if was_full else rules.growth_first
     count = max(float(rules.places_min), min(float(rules.places_max), count))
-    return Places(count=count, idle_gap_s=idle_s, was_full=was_full)
+    return Places(count=count, idle_gap_s=idle_s, gap_s=gap_s, was_full=was_full)
 
 
 def _idle_gap_s(places: Places, window: Window, rules: AdmissionRules) -> float | None:
@@ -151,7 +160,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     owner: str
     places: int
     charged: float
-    """Tokens that its key's counter was charged with, or will be when it begins."""
+    """Tokens that it is believed to cost."""
     prompt_cost: float
     arrived_s: float
 
@@ -160,6 +169,9 @@ class _Key(msgspec.Struct):
     """What is known of a key."""
 
     counter: float = 0.0
+    """Tokens that it was served."""
+    pending: float = 0.0
+    """Tokens that its running answers are believed to cost."""
     running: int = 0
     waiting: int = 0
     answer_tokens: float | None = None
@@ -226,7 +238,7 @@ class FairQueue:
             key = self._keys[request.owner]
             key.waiting -= 1
             key.running += request.places
-            key.counter += request.charged
+            key.pending += request.charged
             running += request.places
             begun.append(request)
         return begun
@@ -243,7 +255,8 @@ class FairQueue:
         rules, key = self._rules, self._keys[request.owner]
         key.running -= request.places
         key.seen_s = now_s
-        key.counter += request.prompt_cost + answer_tokens - request.charged
+        key.pending -= request.charged
+        key.counter += request.prompt_cost + answer_tokens
         if answer_tokens:
             each = answer_tokens / request.places
             key.answer_tokens = each if key.answer_tokens is None else _mixed(key.answer_tokens, each, rules.memory)
@@ -269,12 +282,15 @@ class FairQueue:
         for name in sorted(idle, key=lambda name: self._keys[name].seen_s)[: KEYS_MAX // 4]:
             del self._keys[name]
 
+    def _served(self, owner: str) -> float:
+        return self._keys[owner].counter + self._keys[owner].pending
+
     def _next(self, limit: int, running: int, now_s: float) -> Request | None:
         """The oldest request of the key with the lowest counter that may have a place now."""
         heads: dict[str, Request] = {}
         for request in self._waiting.values():
             heads.setdefault(request.owner, request)
-        for owner in sorted(heads, key=lambda name: (self._keys[name].counter, heads[name].number)):
+        for owner in sorted(heads, key=lambda name: (self._served(name), heads[name].number)):
             request = heads[owner]
             wanted = min(request.places, limit)
             mine = self._keys[owner].running

@@ -51,7 +51,7 @@ class RoutingRules(msgspec.Struct, frozen=True, kw_only=True):
     """How often the weights of a cell are worked out anew."""
     exact_carriers_max: int = 8
     """With so few carriers every chain is looked at; with more, chains are drawn by their weights."""
-    chains_drawn: int = 8
+    chains_drawn: int = 4
     session_s: float = 120.0
     """How long a session stays, about: what a device's outlook is asked for."""
     session_tokens: int = 200

@@ -82,8 +82,8 @@ def choose_widely(
     weights: Weights,
     rules: RoutingRules,
 ) -> tuple[Hop, ...] | None:
-    """A chain through the `carriers_per_piece_max` best carriers with room at every edge, for when no drawn chain can be
-    had: milliseconds for hundreds of carriers. `None` does not mean that there is none, but that few are left."""
+    """A chain through the `carriers_per_piece_max` best carriers with room at every edge, for when no drawn chain can
+    be had: milliseconds for hundreds of carriers. `None` does not mean that there is none, but that few are left."""
     graph = _Drawn(request, shape, carriers, promised, weights, rules)
     offers: dict[int, list[tuple[float, NodeId, list[Span]]]] = {}
     for node, carrier in carriers.items():

@@ -59,6 +59,9 @@ class HopFlow(msgspec.Struct, frozen=True, kw_only=True):
     """Which share of the sessions that are served use it, more than 0."""
     unserved: float
     """The share of the load that no arcs could carry."""
+    price: Floats
+    """For each kind, what a layer of its work is worth in hops: 0 while it has some left. Every chain of the flow costs
+    the same, its hops and the price of its work together; chains that waste scarce kinds cost more."""
 
     @property
     def hops_mean(self) -> float:
@@ -89,11 +92,21 @@ def fewest_hops(kinds: Sequence[Kind], work: Sequence[float], rows_per_s: float)
     matrix[inner + np.arange(len(used)), arcs + 1 + np.arange(len(used))] = 1.0
     right = np.concatenate(([1.0], np.zeros(inner - 1), np.ones(len(used))))
     cost = np.concatenate((np.ones(arcs), [UNSERVED_HOPS], np.zeros(len(used))))
-    solution = interior_point(matrix, right, cost)
+    solution, dual = interior_point(matrix, right, cost)
+    price = np.zeros(len(kinds))
+    price[used] = np.maximum(-dual[inner:], 0.0) / scale
     unserved = float(np.clip(solution[arcs], 0.0, 1.0))
     share = np.maximum(solution[:arcs], 0.0) / max(1.0 - unserved, SHARE_MIN)
     kept = share > SHARE_MIN
-    return HopFlow(edges=edges, kind=kind[kept], start=start[kept], end=end[kept], share=share[kept], unserved=unserved)
+    return HopFlow(
+        edges=edges,
+        kind=kind[kept],
+        start=start[kept],
+        end=end[kept],
+        share=share[kept],
+        unserved=unserved,
+        price=price,
+    )
 
 
 def _arcs(kinds: Sequence[Kind], layer_count: int) -> tuple[tuple[int, ...], Ints, Ints, Ints]:
@@ -124,10 +137,11 @@ def runs_of(pieces: Sequence[Span], runs_max: int) -> list[Span] | None:
     return runs
 
 
-def interior_point(matrix: Floats, right: Floats, cost: Floats) -> Floats:
+def interior_point(matrix: Floats, right: Floats, cost: Floats) -> tuple[Floats, Floats]:
     """Minimise cost @ x with matrix @ x = right, x >= 0: Mehrotra's method with his starting point.
 
-    `matrix` [m, n] of full row rank with m far below n. Gives x [n], after `ROUNDS_MAX` rounds at the latest.
+    `matrix` [m, n] of full row rank with m far below n. Gives x [n] and the dual y [m], at the latest after
+    `ROUNDS_MAX` rounds.
     """
     x, y, s = _start(matrix, right, cost)
     for _ in range(ROUNDS_MAX):
@@ -159,7 +173,7 @@ def interior_point(matrix: Floats, right: Floats, cost: Floats) -> Floats:
         x = x + STEP_SHARE * _longest(x, step_x) * step_x
         along = STEP_SHARE * _longest(s, step_s)
         y, s = y + along * step_y, s + along * step_s
-    return x
+    return x, y
 
 
 def _start(matrix: Floats, right: Floats, cost: Floats) -> tuple[Floats, Floats, Floats]:

@@ -6,6 +6,7 @@ From a snapshot of the carriers of one model it derives
   the carriers of a kind in proportion to their rate, their chance to stay and their KV room;
 - *times*: for every carrier, what a hop would take with 1, 2, 3, … sessions on it: a wait for the call that runs, and
   seconds a layer at the batch that builds up;
+- *prices*: what a layer of a scarce carrier's work is worth to sessions that cannot do without it (the flow's dual);
 - *risks*: the chance that a carrier is gone before a session ends, times what a repair costs, spread over its tokens.
 
 Times come from the closed loop that decoding is: each of s sessions is away for Z seconds (at other hops and on the
@@ -37,11 +38,9 @@ ROUND_ROUNDS = 4
 LOAD_UNKNOWN = 0.85
 LOAD_MIN = 0.4
 LOAD_MAX = 0.98
-LOAD_MARGIN = 1.02
-"""Weights are made for so much more than is asked for now."""
 CALLS_WAITING = 1.6
 """Sessions on a carrier, in full calls, from which on more are asked for than it computes."""
-HEADROOM_SHARE = 0.5
+HEADROOM_SHARE = 0.6
 """Of what a kind has left when all kinds are equally used, the share that stays free."""
 RTTS_SAMPLED_MAX = 8
 KV_SESSIONS_AMPLE = 4
@@ -76,14 +75,18 @@ class Times(msgspec.Struct, frozen=True):
     """What each session more adds once calls are full."""
     away_s: float
     risk_s: float
+    price_s: float
+    """What a layer of its work is worth to the others, in seconds: the flow's price, a hop taken for what it takes."""
 
     def hop_s(self, sessions: int, layers: float) -> float:
-        """Seconds a token for a session that joins `sessions` others, for `layers` layers of work."""
+        """What a session that joins `sessions` others costs a token, for `layers` layers of work: seconds, and the
+        price of the work."""
         index = min(sessions, len(self.wait_s) - 1)
         layers_s = layers * self.layer_s[index]
+        own_s = layers_s + layers * self.price_s + self.risk_s
         if sessions == index:
-            return self.wait_s[index] + layers_s + self.risk_s
-        return max(self.wait_s[index], sessions * self.full_s - self.away_s - layers_s) + layers_s + self.risk_s
+            return self.wait_s[index] + own_s
+        return max(self.wait_s[index], sessions * self.full_s - self.away_s - layers_s) + own_s
 
 
 class Weights(msgspec.Struct, frozen=True, kw_only=True):
@@ -152,7 +155,7 @@ def weigh(
     return Weights(
         draws=_draws(flow),
         kinds=members,
-        times=_times(ordered, visits, flow, _shares(members, flow), rules),
+        times=_times(ordered, visits, _shares(members, flow), _prices(members, flow), rules),
         rows_per_s_max=most,
         load=load,
         hops_mean=flow.hops_mean,
@@ -214,7 +217,7 @@ def _load(
     hops = layers * len(carriers) / sum(visits.values())
     on_wire = rows_per_s * hops * (rules.hop_overhead_s + _rtt_mean_s(carriers, rules) / 2)
     load = max(told / rows_per_s, sessions / (CALLS_WAITING * ROWS_MAX * len(carriers) + on_wire))
-    return min(max(load * LOAD_MARGIN, LOAD_MIN), LOAD_MAX)
+    return min(max(load, LOAD_MIN), LOAD_MAX)
 
 
 def _draws(flow: HopFlow) -> dict[int, Draw]:
@@ -253,14 +256,20 @@ def _shares(kinds: Sequence[Members], flow: HopFlow) -> dict[NodeId, float]:
     return found
 
 
+def _prices(kinds: Sequence[Members], flow: HopFlow) -> dict[NodeId, float]:
+    """The flow's price of a layer of work, by carrier."""
+    prices = flow.price.tolist()
+    return {node: price for members, price in zip(kinds, prices, strict=True) for node in members.nodes}
+
+
 # --- times ----------------------------------------------------------------------------------------
 
 
 def _times(
     carriers: Sequence[Carrier],
     visits: Mapping[NodeId, float],
-    flow: HopFlow,
     shares: Mapping[NodeId, float],
+    prices: Mapping[NodeId, float],
     rules: RoutingRules,
 ) -> dict[NodeId, Times]:
     points = np.array(
@@ -269,7 +278,7 @@ def _times(
     visit = np.array([visits[carrier.node] for carrier in carriers])
     now = np.array([carrier.sessions for carrier in carriers], np.float64)
     share = np.array([shares.get(carrier.node, 0.0) for carrier in carriers])
-    away_s, active = _round(carriers, points, visit, now, share, rules)
+    away_s, active, hop_s = _round(carriers, points, visit, now, share, rules)
     told = np.arange(min(max(int(now.max(initial=0.0)) + 2, 8), SESSIONS_TOLD_MAX), dtype=np.float64)
     stay_s, batch_layer_s = _at_hop(points, visit, 1.0 + active * told[None, :], away_s[:, None])
     wait_s = np.maximum(stay_s - batch_layer_s * visit[:, None], 0.0)
@@ -281,6 +290,7 @@ def _times(
             float(full_s[index]),
             float(away_s[index]),
             risk_s(carrier, rules),
+            prices[carrier.node] * hop_s,
         )
         for index, carrier in enumerate(carriers)
     }
@@ -288,8 +298,8 @@ def _times(
 
 def _round(
     carriers: Sequence[Carrier], points: Floats, visit: Floats, now: Floats, share: Floats, rules: RoutingRules
-) -> tuple[Floats, float]:
-    """Z of every carrier, and which share of the open sessions compute.
+) -> tuple[Floats, float, float]:
+    """Z of every carrier, which share of the open sessions compute, and what a hop takes beside its compute.
 
     A token's round is its hops' wire and stay, averaged as the flow uses the carriers. Where fewer rows are computed
     than the sessions would ask for, the others are conversations that rest between two questions.
@@ -298,17 +308,17 @@ def _round(
     stay_s = points[:, 0] * visit
     told = sum(carrier.tokens_per_s for carrier in carriers)
     active = 1.0
-    away_s = stay_s
+    away_s, per_layer_s = stay_s, points[:, 0]
     for _ in range(ROUND_ROUNDS):
         round_s = float((share * (wire_s + stay_s)).sum())
         away_s = np.maximum(round_s - stay_s, wire_s)
-        stay_s = (
-            0.5 * stay_s
-            + 0.5 * _at_hop(points, visit, np.maximum(active * now, 1.0)[:, None], away_s[:, None])[0][:, 0]
-        )
+        found_s, found_layer_s = _at_hop(points, visit, np.maximum(active * now, 1.0)[:, None], away_s[:, None])
+        stay_s, per_layer_s = 0.5 * stay_s + 0.5 * found_s[:, 0], found_layer_s[:, 0]
         asked = float((now / (away_s + stay_s)).sum())
         active = min(max(told / asked, ACTIVE_MIN), 1.0) if told > 0 and asked > 0 else 1.0
-    return away_s, active
+    call_s = visit * per_layer_s
+    wait_s = float((share * np.maximum(stay_s - call_s, 0.0)).sum() / max(float(share.sum()), 1e-9))
+    return away_s, active, wire_s + wait_s
 
 
 def _at_hop(points: Floats, visit: Floats, sessions: Floats, away_s: Floats) -> tuple[Floats, Floats]:

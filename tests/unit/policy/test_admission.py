@@ -182,6 +182,21 @@ def test_a_key_that_was_away_has_saved_up_nothing() -> None:
     assert queue.counter("sleeper") >= 50 * 100 * 0.9
 
 
+def test_what_a_busy_key_is_believed_to_cost_does_not_hold_up_who_comes_later() -> None:
+    """A key's running answers count for more than they turn out to: who came meanwhile must not pay for that."""
+    queue = FairQueue(RULES)
+    running = [must(queue.arrive("heavy", 1, 0, 50, 0.0)) for _ in range(50)]
+    queue.begin(50, 0.0)
+    for _ in range(100):
+        must(queue.arrive("heavy", 1, 0, 50, 0.0))
+    must(queue.arrive("light", 1, 0, 50, 1.0))
+    for request in running[:10]:
+        queue.end(request, 5, 1.0, 2.0)
+    must(queue.arrive("light", 1, 0, 50, 2.0))
+    begun = queue.begin(50, 2.0)
+    assert [request.owner for request in begun[:2]] == ["light", "light"]
+
+
 def test_a_large_request_is_not_overtaken_for_ever() -> None:
     queue = FairQueue(RULES)
     small = [must(queue.arrive("a", 1, 0, 4, 0.0)) for _ in range(4)]
@@ -248,18 +263,26 @@ def test_keys_that_are_gone_are_forgotten() -> None:
 # --- places -----------------------------------------------------------------------------------------
 
 
-def test_places_grow_while_tokens_come_quickly_and_all_are_taken() -> None:
-    places = places_first(RULES)
-    grown = adapted(places, Window(gap_s=0.02, running_most=places.whole), RULES)
-    assert grown.count == places.count + places.count**0.5
-    assert adapted(places, Window(gap_s=0.02, running_most=3), RULES).count == places.count
+def test_places_grow_fast_until_tokens_come_too_slowly_once() -> None:
+    places = Places(count=8.0, idle_gap_s=0.02)
+    assert adapted(places, Window(gap_s=0.02, running_most=8), RULES).count == pytest.approx(8 * RULES.growth_first)
+    assert adapted(places, Window(gap_s=0.02, running_most=3), RULES).count == 8.0, "not while some are free"
+    busy = adapted(places, Window(gap_s=0.07, running_most=8), RULES)
+    assert busy.was_full
+    assert busy.count == pytest.approx(8 * RULES.growth), "half as slow as tokens may come: no leaps any more"
+    careful = adapted(Places(count=16.0, idle_gap_s=0.02, was_full=True), Window(gap_s=0.02, running_most=16), RULES)
+    assert careful.count == pytest.approx(16 * RULES.growth)
 
 
-def test_places_shrink_when_tokens_come_slowly_but_not_at_once_to_nothing() -> None:
-    places = Places(count=64.0, best_gap_s=0.02)
-    assert adapted(places, Window(gap_s=0.16, running_most=64), RULES).count == 32.0
-    assert adapted(places, Window(gap_s=10.0, running_most=64), RULES).count == 32.0
-    assert adapted(places, Window(gap_s=0.06, running_most=60), RULES).count == 64.0
+def test_places_shrink_below_what_runs_and_not_again_for_the_same_answers() -> None:
+    idle_s = 0.02
+    places = Places(count=64.0, idle_gap_s=idle_s)
+    gap_s = 1.02 * RULES.stretch * idle_s
+    once = adapted(places, Window(gap_s=gap_s, running_most=64), RULES)
+    assert once.count == pytest.approx(64 / 1.02)
+    again = adapted(once, Window(gap_s=gap_s, running_most=64), RULES)
+    assert again.count == pytest.approx(once.count)
+    assert adapted(places, Window(gap_s=10.0, running_most=64), RULES).count == 64.0 * RULES.gradient_min
 
 
 def test_no_room_on_the_devices_bounds_the_places() -> None:
@@ -267,38 +290,41 @@ def test_no_room_on_the_devices_bounds_the_places() -> None:
     assert places.count == 39.0
 
 
-def test_the_best_gap_is_learned_anew_when_few_run() -> None:
-    places = Places(count=16.0, best_gap_s=0.01)
+def test_the_idle_gap_is_learned_anew_when_few_run() -> None:
+    places = Places(count=16.0, idle_gap_s=0.01)
     busy = adapted(places, Window(gap_s=0.03, running_most=16), RULES)
-    assert busy.best_gap_s == 0.01, "a slow gap of a full house says nothing about its best"
+    assert busy.idle_gap_s == 0.01, "a slow gap of a full house says nothing about an empty one"
     for _ in range(40):
         places = adapted(places, Window(gap_s=0.03, running_most=1), RULES)
-    assert places.best_gap_s == pytest.approx(0.03, rel=0.01)
+    assert places.idle_gap_s == pytest.approx(0.03, rel=0.01)
 
 
 @given(
     count=st.floats(1.0, 256.0),
-    best=st.one_of(st.none(), st.floats(1e-4, 10.0)),
+    idle=st.one_of(st.none(), st.floats(1e-4, 10.0)),
     gap=st.one_of(st.none(), st.floats(1e-5, 100.0)),
     running=st.integers(0, 300),
     no_room=st.booleans(),
+    was_full=st.booleans(),
 )
 def test_places_stay_within_their_bounds(
-    count: float, best: float | None, gap: float | None, running: int, no_room: bool
+    count: float, idle: float | None, gap: float | None, running: int, no_room: bool, was_full: bool
 ) -> None:
     window = Window(gap_s=gap, running_most=running, no_room=no_room, running_then=max(0, running - 1))
-    after = adapted(Places(count=count, best_gap_s=best), window, RULES)
+    after = adapted(Places(count=count, idle_gap_s=idle, was_full=was_full), window, RULES)
     assert RULES.places_min <= after.whole <= RULES.places_max
-    assert after.count >= count * RULES.gradient_min - 1e-9 or no_room
+    assert after.count >= min(count, max(1.0, running * RULES.gradient_min)) - 1e-9 or no_room
 
 
-def test_places_settle_where_the_fleet_is_full() -> None:
-    """A fleet whose tokens come in 20 ms for up to 20 answers, and slower in proportion beyond."""
+@pytest.mark.parametrize("idle_s", [0.005, 0.05, 0.5])
+@pytest.mark.parametrize("full_at", [4, 20])
+def test_places_settle_where_the_fleet_is_full(idle_s: float, full_at: int) -> None:
+    """A fleet whose tokens come at their best for up to `full_at` answers, and slower in proportion beyond."""
     places = places_first(RULES)
     seen = []
-    for _ in range(200):
-        gap_s = 0.02 * max(1.0, places.count / 20)
+    for _ in range(300):
+        gap_s = idle_s * max(1.0, places.count / full_at)
         places = adapted(places, Window(gap_s=gap_s, running_most=places.whole), RULES)
         seen.append(places.count)
-    settled = seen[100:]
-    assert 60 <= min(settled) <= max(settled) <= 100
+    settled = seen[150:]
+    assert 0.8 * RULES.stretch * full_at <= min(settled) <= max(settled) <= 1.3 * RULES.stretch * full_at

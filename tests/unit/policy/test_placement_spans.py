@@ -215,6 +215,19 @@ def test_throughput_is_near_the_bound(seed: int, count: int) -> None:
     assert reached >= 0.95 * bound
 
 
+@pytest.mark.parametrize("seed", [0, 1, 68, 70, 109, 171, 298])
+def test_few_devices_reach_the_roof_where_memory_keeps_them_from_the_bound(seed: int) -> None:
+    """The last five of these fleets stay below 0.94 when moves are made one at a time only."""
+    need = model(layers=32, layer_bytes=1000, embedding=4000, head=4000)
+    nodes = fleet(15, seed, need)
+    books = Books([need], nodes, SPANS)
+    book = books.books[need.model]
+    edges = np.concatenate(([0.0], np.cumsum(book.parts.work)))
+    widest = (edges[books.reach(book, np.arange(15))] - edges[:-1]).max(axis=1)
+    reached, _ = throughput(nodes, place([need], nodes, SPANS), need)
+    assert reached >= 0.97 * coverage.roof(books.speed, widest, book.parts.work)
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_throughput_stays_near_the_bound_when_everybody_was_replaced_one_by_one(seed: int) -> None:
     need = model(layers=32, layer_bytes=1000, embedding=4000, head=4000)
