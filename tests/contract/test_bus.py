@@ -4,6 +4,7 @@ import asyncio
 import os
 import signal
 import sys
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 
 from fallow.domain.errors import BusMessageError, BusTimeout, BusUnavailable, ConfigError
 from fallow.fabric import broker as broker_module
-from fallow.fabric import disconnects
+from fallow.fabric import disconnects, nats_bus
 from fallow.fabric.broker import Broker, ServerBinary, find_server
 from fallow.fabric.contract import MAX_BUS_MESSAGE_BYTES, Bus, PresenceWatcher
 from fallow.fabric.disconnects import NatsPresence
@@ -296,6 +297,34 @@ def test_whoever_was_connected_before_is_known_however_many_they_are(
             assert "twin" not in lost, "the other one is still here"
             await twins[1].close()
             await eventually(lambda: "twin" in lost)
+            await watcher.close()
+
+    asyncio.run(main())
+
+
+def test_a_client_that_is_behind_with_its_messages_does_not_take_the_server_for_dead(
+    adapter: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nats_bus, "PING_INTERVAL_S", 0.05)
+
+    async def main() -> None:
+        async with rig(adapter, tmp_path) as r:
+            busy, other = await r.connect("busy"), await r.connect("other")
+            lost: list[str] = []
+            watcher = r.presence()
+            await watcher.start(lambda name, _: lost.append(name))
+            count = 0
+
+            async def work(_: str, __: bytes) -> None:
+                nonlocal count
+                time.sleep(0.001)  # not a wait: what handling costs
+                count += 1
+
+            await busy.subscribe("work", work)
+            for _ in range(1200):
+                await other.publish("work", bytes(8000))
+            await eventually(lambda: count == 1200)
+            assert lost == []
             await watcher.close()
 
     asyncio.run(main())

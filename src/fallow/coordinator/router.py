@@ -68,7 +68,7 @@ class Router:
                 visits = {
                     node: layers for node, layers in list(self._visits.get(model, {}).items()) if node in carriers
                 }
-                self._visits[model] = visits
+                self._visits[model] = dict(visits)  # routes go on noting while this runs in a thread
                 weights = weigh(shape, tuple(carriers.values()), self._rules, visits)
                 if weights is not None:
                     found[model] = weights

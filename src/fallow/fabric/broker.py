@@ -149,7 +149,7 @@ ports_file_dir: {quote(str(self._dir))}
 log_file: {quote(str(self._dir / "nats.log"))}
 log_size_limit: 10MB
 max_payload: {MAX_BUS_MESSAGE_BYTES}
-max_pending: 16MB
+max_pending: 64MB
 max_connections: {MAX_CONNECTIONS}
 write_deadline: "2s"
 ping_interval: "1s"
