@@ -103,6 +103,8 @@ class PlacementConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     """Devices that should hold each piece of a model that is cut."""
     context_tokens: Count = 2048
     """A device must have room for a session of so many tokens."""
+    regions: Annotated[tuple[Region, ...], msgspec.Meta(max_length=50)] = ()
+    """Models stay on devices whose owners say that they are in one of these (`node.region`); none: anywhere."""
 
 
 class CoordinatorsConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -126,14 +126,16 @@ class StorePeer:
 class Device:
     """A node and what its machine gives it."""
 
-    def __init__(self, cell: "Cell", index: int, memory_bytes: int = MEMORY_BYTES) -> None:
+    def __init__(self, cell: "Cell", index: int, memory_bytes: int = MEMORY_BYTES, region: str = "") -> None:
         self.id = node_id(index)
         self.cell = cell
         self.store = Store(cell.folder / f"node-{index}")
         self.engine = MemoryEngine(kv_budget_bytes=KV_BYTES)
         self.bus: MemoryBus = cell.fabric.bus(self.id)
         self.endpoint = cell.fabric.endpoint(self.id)
-        config = AgentConfig(cell=CELL, name=f"device {index}", memory_bytes=memory_bytes, kv_budget_bytes=KV_BYTES)
+        config = AgentConfig(
+            cell=CELL, name=f"device {index}", memory_bytes=memory_bytes, kv_budget_bytes=KV_BYTES, region=region
+        )
         self.agent = Agent(config, self.id, self.bus, self.endpoint, self.engine, self.store, cell.clock)
 
     def kill(self) -> None:
@@ -218,8 +220,8 @@ class Cell:
         for _ in range(device_count):
             await self.join()
 
-    async def join(self) -> Device:
-        device = Device(self, len(self.devices))
+    async def join(self, region: str = "") -> Device:
+        device = Device(self, len(self.devices), region=region)
         self.devices.append(device)
         await device.agent.start()
         return device

@@ -15,6 +15,7 @@ import pytest
 from fallow.domain.fleet import Heartbeat, HostedStage
 from fallow.domain.frames import PeerAddress
 from fallow.domain.model import Span
+from fallow.policy.placement_board import PlacementRules
 from fallow.simulator.virtual_time import run_virtual
 from tests.simulation.control import LAYERS, SUBJECTS, Cell, Device, node_id
 from tests.simulation.sessions import generate
@@ -46,6 +47,21 @@ def test_three_devices_that_each_hold_a_part_hold_everything_twice(tmp_path: Pat
         assert len(reply.hops) == 2
 
     run(tmp_path, 3, script)
+
+
+def test_models_stay_in_the_regions_that_the_operator_allows(tmp_path: Path) -> None:
+    async def script(cell: Cell) -> None:
+        strangers = [await cell.join("us"), await cell.join()]
+        await cell.clock.sleep(5.0)
+        assert cell.orders == []
+        (reason,) = cell.status().unplaceable.values()
+        assert "eu" in reason
+        at_home = [await cell.join("eu") for _ in range(3)]
+        await cell.until(lambda: doubled(cell), 10.0)
+        assert all(device.ready() for device in at_home)
+        assert not any(device.ready() for device in strangers)
+
+    run(tmp_path, 0, script, rules=PlacementRules(max_share=0.7, regions=frozenset({"eu"})))
 
 
 def test_one_device_that_can_hold_a_part_gets_nothing_and_the_reason_is_told(tmp_path: Path) -> None:

@@ -207,7 +207,8 @@ class Placer:
             )
             for beat in settled
         ]
-        placement = place([registry.need_of(entry) for entry in entries.values()], rooms, self._rules)
+        needs = [registry.need_of(entry, self._rules.regions) for entry in entries.values()]
+        placement = place(needs, rooms, self._rules)
         nodes = [NodeNow(node=beat.node, asked=asked[beat.node], ready=_ready_of(beat, entries)) for beat in settled]
         return placement, list(plan(nodes, placement.stages))
 

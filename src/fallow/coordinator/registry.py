@@ -260,7 +260,7 @@ def best_speed(heartbeat: Heartbeat) -> Speed | None:
     return next((item.speed for item in heartbeat.hosted if item.speed is not None), None)
 
 
-def need_of(entry: ModelEntry) -> ModelNeed:
+def need_of(entry: ModelEntry, regions: frozenset[str] = frozenset()) -> ModelNeed:
     """What a model takes on a device, for placement: loaded layers and head, and the embedding's file."""
     embedding, head, layers = entry.weights_bytes
     head_bytes = head + (embedding if entry.config.tied_head else 0)
@@ -270,6 +270,7 @@ def need_of(entry: ModelEntry) -> ModelNeed:
         layer_bytes=tuple(held_bytes(size, entry.quantisation) for size in layers),
         embedding_bytes=embedding,
         head_bytes=held_bytes(head_bytes, head_kind),
+        regions=regions,
         kv_bytes_per_token_layer=_kv_bytes_per_token_layer(entry),
     )
 

@@ -28,6 +28,8 @@ class PlacementRules(msgspec.Struct, frozen=True, kw_only=True):
     """No device does more than this share of a model's work (`ModelNeed.work`)."""
     replicas: int = 2
     """Devices that should hold each piece."""
+    regions: frozenset[str] = frozenset()
+    """Models stay on devices that say they are in one of these; empty: anywhere. `ModelNeed.regions` takes it over."""
     context_tokens: int = 2048
     """A device must have KV room for a session of so many tokens on what it holds of each model."""
     few_nodes: int = 12

@@ -68,6 +68,38 @@ class HopFlow(msgspec.Struct, frozen=True, kw_only=True):
         return float(self.share.sum())
 
 
+class Sparse:
+    """A matrix whose columns have `k` entries at most: `rows`, `values` `[k, n]`, entries of one cell added up.
+
+    Not dense, because a threaded matrix product of this size costs ten times the work on a busy machine.
+    """
+
+    def __init__(self, height: int, rows: Ints, values: Floats) -> None:
+        self.height = height
+        self._rows = rows
+        self._values = values
+        depth = len(rows)
+        pairs = [(one, other) for one in range(depth) for other in range(depth)]
+        self._cells = np.concatenate([rows[one] * height + rows[other] for one, other in pairs])
+        self._products = np.stack([values[one] * values[other] for one, other in pairs])
+
+    def times(self, x: Floats) -> Floats:
+        """The product with `x` [n]."""
+        return np.bincount(self._rows.ravel(), weights=(self._values * x).ravel(), minlength=self.height)
+
+    def transposed_times(self, y: Floats) -> Floats:
+        """The transposed matrix's product with `y` [height]."""
+        return np.asarray((self._values * y[self._rows]).sum(axis=0), np.float64)
+
+    def normal(self, ratio: Floats) -> Floats:
+        """Matrix * diagonal of `ratio` [n] * transposed matrix, with a ridge that keeps it regular."""
+        weights = (self._products * ratio).ravel()
+        normal = np.bincount(self._cells, weights=weights, minlength=self.height**2)
+        square = np.asarray(normal.reshape(self.height, self.height), np.float64)
+        square[np.diag_indices_from(square)] += RIDGE * (1.0 + np.diag(square))
+        return square
+
+
 def fewest_hops(kinds: Sequence[Kind], work: Sequence[float], rows_per_s: float) -> HopFlow:
     """The flow that serves `rows_per_s` with the fewest hops. `work`: layers of work of every layer, the head's in the
     last. Raises `ValueError` for a load that is not positive."""
@@ -79,17 +111,19 @@ def fewest_hops(kinds: Sequence[Kind], work: Sequence[float], rows_per_s: float)
     used = np.unique(kind)
     row_of = np.zeros(len(kinds), np.int64)
     row_of[used] = np.arange(len(used))
-    columns = np.arange(arcs)
     inner = len(edges) - 1
-    # Rows: flow at every edge but the last, then work of every kind. Columns: arcs, the unserved share, slack.
-    matrix = np.zeros((inner + len(used), arcs + 1 + len(used)))
-    matrix[start, columns] += 1.0
-    ends_inside = end < inner
-    matrix[end[ends_inside], columns[ends_inside]] -= 1.0
-    matrix[0, arcs] = 1.0
+    # Rows: flow at every edge but the last, then work of every kind. Columns: arcs, the unserved share, slack. A column
+    # has three entries at most: where it starts, where it ends, whose work it is.
     scale = np.array([max(kinds[index].cap, 1e-9) for index in used]) / rows_per_s
-    matrix[inner + row_of[kind], columns] = (done[end] - done[start]) / scale[row_of[kind]]
-    matrix[inner + np.arange(len(used)), arcs + 1 + np.arange(len(used))] = 1.0
+    none, slack = np.zeros(arcs, np.int64), inner + np.arange(len(used))
+    ends_inside = end < inner
+    rows = np.zeros((3, arcs + 1 + len(used)), np.int64)
+    values = np.zeros(rows.shape)
+    rows[:, :arcs] = start, np.where(ends_inside, end, none), inner + row_of[kind]
+    values[:, :arcs] = 1.0, np.where(ends_inside, -1.0, 0.0), (done[end] - done[start]) / scale[row_of[kind]]
+    values[0, arcs] = 1.0
+    rows[0, arcs + 1 :], values[0, arcs + 1 :] = slack, 1.0
+    matrix = Sparse(inner + len(used), rows, values)
     right = np.concatenate(([1.0], np.zeros(inner - 1), np.ones(len(used))))
     cost = np.concatenate((np.ones(arcs), [UNSERVED_HOPS], np.zeros(len(used))))
     solution, dual = interior_point(matrix, right, cost)
@@ -137,7 +171,7 @@ def runs_of(pieces: Sequence[Span], runs_max: int) -> list[Span] | None:
     return runs
 
 
-def interior_point(matrix: Floats, right: Floats, cost: Floats) -> tuple[Floats, Floats]:
+def interior_point(matrix: Sparse, right: Floats, cost: Floats) -> tuple[Floats, Floats]:
     """Minimise cost @ x with matrix @ x = right, x >= 0: Mehrotra's method with his starting point.
 
     `matrix` [m, n] of full row rank with m far below n. Gives x [n] and the dual y [m], at the latest after
@@ -145,14 +179,13 @@ def interior_point(matrix: Floats, right: Floats, cost: Floats) -> tuple[Floats,
     """
     x, y, s = _start(matrix, right, cost)
     for _ in range(ROUNDS_MAX):
-        primal = right - matrix @ x
-        dual = cost - matrix.T @ y - s
+        primal = right - matrix.times(x)
+        dual = cost - matrix.transposed_times(y) - s
         gap = float(x @ s) / len(x)
         if gap * len(x) <= GAP_MAX * (1.0 + abs(float(cost @ x))) and float(np.abs(primal).max()) <= GAP_MAX:
             break
         ratio = x / s
-        normal = (matrix * ratio) @ matrix.T
-        normal[np.diag_indices_from(normal)] += RIDGE * (1.0 + np.diag(normal))
+        normal = matrix.normal(ratio)
 
         def towards(
             centred: Floats, normal: Floats = normal, ratio: Floats = ratio, primal: Floats = primal,
@@ -160,8 +193,8 @@ def interior_point(matrix: Floats, right: Floats, cost: Floats) -> tuple[Floats,
         ) -> tuple[Floats, Floats, Floats]:  # fmt: skip
             """Newton's step for x * s = `centred`."""
             rest = (centred - x * s) / s
-            step_y = np.asarray(np.linalg.solve(normal, primal + matrix @ (ratio * dual - rest)), np.float64)
-            step_s = dual - matrix.T @ step_y
+            step_y = np.asarray(np.linalg.solve(normal, primal + matrix.times(ratio * dual - rest)), np.float64)
+            step_s = dual - matrix.transposed_times(step_y)
             return rest - ratio * step_s, step_y, step_s
 
         ahead_x, _, ahead_s = towards(np.zeros_like(x))
@@ -176,12 +209,11 @@ def interior_point(matrix: Floats, right: Floats, cost: Floats) -> tuple[Floats,
     return x, y
 
 
-def _start(matrix: Floats, right: Floats, cost: Floats) -> tuple[Floats, Floats, Floats]:
-    square = matrix @ matrix.T
-    square[np.diag_indices_from(square)] += RIDGE * (1.0 + np.diag(square))
-    x = matrix.T @ np.linalg.solve(square, right)
-    y = np.asarray(np.linalg.solve(square, matrix @ cost), np.float64)
-    s = cost - matrix.T @ y
+def _start(matrix: Sparse, right: Floats, cost: Floats) -> tuple[Floats, Floats, Floats]:
+    square = matrix.normal(np.ones(len(cost)))
+    x = matrix.transposed_times(np.asarray(np.linalg.solve(square, right), np.float64))
+    y = np.asarray(np.linalg.solve(square, matrix.times(cost)), np.float64)
+    s = cost - matrix.transposed_times(y)
     x = x + max(-1.5 * float(x.min()), 0.0) + 1e-6
     s = s + max(-1.5 * float(s.min()), 0.0) + 1e-6
     product = float(x @ s)

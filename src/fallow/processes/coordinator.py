@@ -31,6 +31,7 @@ async def run(config: Config, parent_pid: int | None = None) -> None:
         max_share=config.placement.max_share,
         replicas=config.placement.replicas,
         context_tokens=config.placement.context_tokens,
+        regions=frozenset(config.placement.regions),
     )
     try:
         authority = await _authority(config, bus, me, name)
