@@ -18,8 +18,7 @@ from numpy.typing import NDArray
 
 from fallow.domain.errors import EngineError
 from fallow.domain.fleet import Speed
-from fallow.domain.ids import Digest
-from fallow.domain.model import Manifest, Span, StageSpec, cut_points
+from fallow.domain.model import Manifest, Quantisation, Span, StageSpec, cut_points, held_bytes
 from fallow.engine.graph import wire_dtype
 from fallow.engine.kv import Slots, slot_length
 from fallow.engine.piece import Head, Piece, PieceShape, Workspace
@@ -85,11 +84,12 @@ class HostedModel:
 
     @property
     def weights_bytes(self) -> int:
-        parts = [*self.pieces, *(part for part in (self.head, self.embedding) if part is not None)]
-        sizes: dict[Digest, int] = {}
-        for part in parts:
-            sizes.update(part.sizes_bytes)  # a tied head and the embedding are one file
-        return sum(sizes.values())
+        """What the weights take in memory; an embedding's file is only mapped, and few of its rows are ever touched."""
+        kind = self.manifest.quantisation
+        layers = sum(size for piece in self.pieces for size in piece.sizes_bytes.values())
+        head = sum(self.head.sizes_bytes.values()) if self.head is not None else 0
+        head_kind = Quantisation.Q8 if kind is Quantisation.Q4 else kind
+        return held_bytes(layers, kind) + held_bytes(head, head_kind)
 
     def _slot_bytes(self) -> int:
         return 4 * self.config.kv_head_count * self.max_len * self.config.head_dim

@@ -24,6 +24,7 @@ from fallow.engine.contract import PREFILL_CHUNK_ROWS
 from fallow.engine.graph import Graph, head_graph, piece_graph, wire_dtype
 from fallow.engine.kv import LayerCache
 from fallow.engine.replay import IMAGES, Images
+from fallow.engine.rescore import Rescorer
 from fallow.engine.weights import Files, Weights, head_weights
 
 BINDINGS_MAX = 128
@@ -171,7 +172,10 @@ class Head:
         self._session = _session(head_graph(manifest.config, manifest.quantisation), weights, threads)
         self._weights = weights
         self._rows = np.zeros((HEAD_ROWS_MAX, manifest.config.hidden_size), np.float32)
+        self._normed = np.zeros_like(self._rows)
         self._logits = np.zeros((HEAD_ROWS_MAX, manifest.config.vocab_size), np.float32)
+        codes = weights.arrays.get("head.q")
+        self._rescorer = None if codes is None else Rescorer(codes, weights.arrays["head.scales"])
         self._bindings = [self._bind(count) for count in range(1, HEAD_ROWS_MAX + 1)]
 
     def logits(self, final: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
@@ -180,12 +184,17 @@ class Head:
         for index, row in enumerate(final):
             self._rows[index] = row
         self._session.run_with_iobinding(self._bindings[count - 1])
-        return self._logits[:count]
+        logits = self._logits[:count]
+        if self._rescorer is not None:
+            for row, normed in zip(logits, self._normed, strict=False):
+                self._rescorer.rescore(row, normed)
+        return logits
 
     def _bind(self, count: int) -> ort.IOBinding:
         binding = self._session.io_binding()
         _bind_input(binding, "x", self._rows[:count])
         _bind_output(binding, "logits", self._logits[:count])
+        _bind_output(binding, "normed", self._normed[:count])
         return binding
 
 
