@@ -13,7 +13,7 @@ import pytest
 
 from fallow.domain.errors import ContextExceeded, KvExhausted, NoRoute, UnknownModel
 from fallow.domain.fleet import Catalogue, ModelEntry, NodeGone, RouteReply, RouteRequest, Subjects
-from fallow.domain.ids import Digest
+from fallow.domain.ids import Digest, ModelName
 from fallow.domain.model import Span
 from fallow.gateway.contract import Conversation
 from fallow.gateway.sessions import FleetTokenSource
@@ -60,7 +60,8 @@ def with_fleet(
         )
 
         async def on_catalogue(_subject: str, _message: bytes) -> bytes:
-            return msgspec.json.encode(Catalogue(models=(entry,), stores=()))
+            foreign = msgspec.structs.replace(entry, name=ModelName("another store's"), model=Digest("f" * 64))
+            return msgspec.json.encode(Catalogue(models=(foreign, entry), stores=()))
 
         async def on_route(_subject: str, message: bytes) -> bytes:
             asked = msgspec.json.decode(message, type=RouteRequest)
@@ -80,6 +81,7 @@ def with_fleet(
         await source.start()
         while not source.models():
             await asyncio.sleep(0.01)
+        assert [manifest.name for manifest in source.models()] == [entry.name], "only what the own store holds"
         result = await test(fleet, source, model)
         await source.close()
         return result

@@ -2,8 +2,9 @@
 
 Rules
 - A question that is open when a coordinator begins to lead is asked again at once: the one that it went to may be gone,
-  and its answer would never come.
-- Where nobody answers, or nobody leads, it is asked again every `ASK_AGAIN_S`, until `LEADERLESS_MAX_S` have passed.
+  and its answer would never come. Should leaders go on changing, it is asked again every `ASK_AGAIN_S`.
+- Where nobody answers, or nobody leads, it is asked again every `ASK_AGAIN_S` as well. All of it ends after
+  `LEADERLESS_MAX_S`, whatever is announced meanwhile.
 - It may be answered twice; only questions for which that makes no difference belong here.
 """
 
@@ -11,9 +12,11 @@ import asyncio
 import logging
 from typing import Final
 
+import msgspec
+
 from fallow.domain.clock import Clock
 from fallow.domain.errors import BusTimeout, BusUnavailable
-from fallow.domain.fleet import Subjects
+from fallow.domain.fleet import LeaderChanged, Subjects
 from fallow.fabric.contract import Bus, Subscription
 
 ANSWER_TIMEOUT_S: Final = 2.0
@@ -45,6 +48,7 @@ class Questions:
     async def ask(self, subject: str, message: bytes) -> bytes:
         """The answer. Raises `BusTimeout` or `BusUnavailable` when none came in `LEADERLESS_MAX_S`."""
         deadline_s = self._clock.monotonic_s() + LEADERLESS_MAX_S
+        changes = 0
         while True:
             changed = self._changed
             try:
@@ -57,6 +61,11 @@ class Questions:
                 continue
             if answer is not None:
                 return answer
+            changes += 1
+            if self._clock.monotonic_s() >= deadline_s:
+                raise BusTimeout(f"{changes} coordinators began to lead in {LEADERLESS_MAX_S:g} s, and none answered")
+            if changes > 1:
+                await self._clock.sleep(ASK_AGAIN_S)
 
     async def _ask_once(self, subject: str, message: bytes, changed: asyncio.Event) -> bytes | None:
         """`None` when another began to lead before the answer was there."""
@@ -70,7 +79,12 @@ class Questions:
             change.cancel()
             asking.cancel()
 
-    async def _on_leader(self, _: str, __: bytes) -> None:
+    async def _on_leader(self, _: str, message: bytes) -> None:
+        try:
+            msgspec.json.decode(message, type=LeaderChanged)
+        except msgspec.DecodeError as error:
+            log.debug("an announcement of a leader was not one: %s", error)
+            return
         self._changed.set()
         self._changed = asyncio.Event()
 

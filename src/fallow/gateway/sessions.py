@@ -20,6 +20,7 @@ from fallow.domain.errors import (
     BusTimeout,
     BusUnavailable,
     ContextExceeded,
+    FallowError,
     KvExhausted,
     NoRoute,
     StageRefused,
@@ -295,7 +296,11 @@ class FleetTokenSource:
             kept.chain.close()
 
     async def _on_node_gone(self, _subject: str, message: bytes) -> None:
-        gone = msgspec.json.decode(message, type=NodeGone)
+        try:
+            gone = msgspec.json.decode(message, type=NodeGone)
+        except msgspec.DecodeError as error:
+            log.debug("an announcement of a loss was not one: %s", error)
+            return
         in_use = any(gone.node in chain.nodes() for chain in self._live.values())
         if in_use or any(gone.node in kept.chain.nodes() for kept in self._kept):
             await self._peers.probe(gone.node, PROBE_TIMEOUT_S)
@@ -309,7 +314,12 @@ class FleetTokenSource:
     def _spawn(self, work: Coroutine[object, object, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._finished)
+
+    def _finished(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            log.error("a task of the gateway failed", exc_info=task.exception())
 
     async def _tick(self) -> None:
         while True:
@@ -346,9 +356,14 @@ class FleetTokenSource:
             await self._clock.sleep(CATALOGUE_INTERVAL_S if self._manifests else OPEN_RETRY_S)
 
     def _adopt(self, catalogue: Catalogue) -> None:
-        """Serve what the catalogue names and the store holds; manifests are immutable, so each is read once."""
+        """Serve what the catalogue names and the store holds; manifests are immutable, so each is read once.
+
+        Others may announce models to the same cell: those are for other gateways.
+        """
         adopted: dict[Digest, Manifest] = {}
         for entry in catalogue.models:
-            manifest = self._manifests.get(entry.model)
-            adopted[entry.model] = manifest if manifest is not None else self._store.manifest(entry.model)
+            try:
+                adopted[entry.model] = self._manifests.get(entry.model) or self._store.manifest(entry.model)
+            except (FallowError, OSError) as error:
+                log.debug("the catalogue names %s, which is not in this store: %s", entry.model[:12], error)
         self._manifests = adopted

@@ -3,15 +3,17 @@
 import asyncio
 from collections.abc import Awaitable, Callable
 
+import msgspec
 import pytest
 
 from fallow.domain.errors import BusTimeout, BusUnavailable
-from fallow.domain.fleet import Subjects
+from fallow.domain.fleet import LeaderChanged, Subjects
 from fallow.fabric.memory_bus import MemoryBus, MemoryHub
 from fallow.gateway.questions import ANSWER_TIMEOUT_S, ASK_AGAIN_S, LEADERLESS_MAX_S, Questions
 from fallow.simulator.virtual_time import LoopClock, run_virtual
 
 SUBJECTS = Subjects("test")
+LEADS = msgspec.json.encode(LeaderChanged(epoch=7, name="other"))
 
 
 def run(script: Callable[[Questions, MemoryBus], Awaitable[None]]) -> None:
@@ -55,7 +57,7 @@ def test_an_open_question_goes_to_the_one_that_begins_to_lead() -> None:
         await coordinator.subscribe(SUBJECTS.route, echo)
         await asyncio.sleep(0.1)
         assert not asking.done()
-        await coordinator.publish(SUBJECTS.leader, b"{}")
+        await coordinator.publish(SUBJECTS.leader, LEADS)
         assert await asking == b"x"
         assert now_s() < 0.41
 
@@ -97,5 +99,31 @@ def test_a_question_that_is_given_up_leaves_nothing_behind() -> None:
         await asyncio.gather(asking, return_exceptions=True)
         await asyncio.sleep(0.0)
         assert len(asyncio.all_tasks()) == before
+
+    run(script)
+
+
+@pytest.mark.parametrize("announced", [LEADS, b"not an announcement"])
+def test_a_flood_of_announcements_brings_no_flood_of_questions(announced: bytes) -> None:
+    asked: list[float] = []
+
+    async def never(_: str, __: bytes) -> None:
+        asked.append(now_s())
+        await asyncio.sleep(1000.0)
+
+    async def script(questions: Questions, coordinator: MemoryBus) -> None:
+        await coordinator.subscribe(SUBJECTS.route, never, at_once=100)
+
+        async def shout() -> None:
+            while True:
+                await coordinator.publish(SUBJECTS.leader, announced)
+                await asyncio.sleep(0.005)
+
+        shouting = asyncio.ensure_future(shout())
+        with pytest.raises(BusTimeout):
+            await questions.ask(SUBJECTS.route, b"x")
+        shouting.cancel()
+        assert now_s() <= LEADERLESS_MAX_S + ANSWER_TIMEOUT_S + ASK_AGAIN_S
+        assert len(asked) <= 2 + LEADERLESS_MAX_S / ASK_AGAIN_S
 
     run(script)
