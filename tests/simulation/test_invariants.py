@@ -22,11 +22,12 @@ from fallow.simulator import invariants
 from fallow.simulator.engine_model import SimulatedEngine
 from fallow.simulator.scenario import Traffic
 from fallow.simulator.view import NodeView, StageView
-from fallow.simulator.world import World
+from fallow.simulator.world import WARM_UP_S, World
 from tests.simulation.worlds import broken, people, run_world, small
 
 CALM = small(minutes=1.0, populations=(people(median_up_s=1e6),))
 """A minute in which nobody comes or goes."""
+HANG_AT_S = WARM_UP_S + 50.0
 RESTLESS = small(minutes=2.0, populations=(people(median_up_s=200.0, median_down_s=30.0),))
 
 
@@ -53,7 +54,7 @@ def test_an_engine_that_drops_a_row_alters_answers(monkeypatch: pytest.MonkeyPat
 def test_a_chain_that_does_not_raise_its_epoch_is_served_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Chain, "_epoch", property(lambda self: 1, lambda self, _: None), raising=False)
     _, checker = run_world(RESTLESS)
-    assert broken(checker) & {"one_chain_serves", "positions_rise"}
+    assert "one_chain_serves" in broken(checker)
 
 
 def test_a_stage_that_sends_a_row_twice_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -75,9 +76,10 @@ def test_a_device_that_ignores_close_keeps_what_has_ended(monkeypatch: pytest.Mo
 
 
 def test_an_engine_that_promises_too_much_cache_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(MemoryEngine, "_admit", lambda *_: None)
-    thirsty = msgspec.structs.replace(CALM.model, kv_bytes_per_token_layer=4 << 20)
-    _, checker = run_world(msgspec.structs.replace(CALM, model=thirsty))
+    monkeypatch.setattr(MemoryEngine, "_kv_free_bytes", lambda self: 1 << 40)
+    thirsty = msgspec.structs.replace(CALM.model, kv_bytes_per_token_layer=24 << 10)
+    long = Traffic(sessions_per_hour_per_device=30.0, prompt_tokens=40, completion_tokens=1900, spread=0.01)
+    _, checker = run_world(msgspec.structs.replace(CALM, model=thirsty, traffic=long))
     assert "kv_is_within_its_budget" in broken(checker)
 
 
@@ -118,14 +120,14 @@ def test_logs_that_are_booked_wrongly_are_noticed(monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_device_that_goes_on_after_it_was_taken_back_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(SimulatedEngine, "crash", lambda self: None)
+    def work_on(self: SimulatedEngine) -> None:
+        def compute() -> None:
+            self.rows_computed += 1
 
-    async def ignore(self: StageRelay) -> None:
-        return
+        asyncio.get_running_loop().call_later(1.0, compute)
 
-    monkeypatch.setattr(StageRelay, "close", ignore)
-    busy = Traffic(sessions_per_hour_per_device=60.0, prompt_tokens=400, completion_tokens=10)
-    _, checker = run_world(msgspec.structs.replace(RESTLESS, traffic=busy))
+    monkeypatch.setattr(SimulatedEngine, "crash", work_on)
+    _, checker = run_world(RESTLESS)
     assert "who_is_gone_computes_nothing" in broken(checker)
 
 
@@ -160,9 +162,30 @@ def test_queues_that_are_too_long_are_named(changes: dict[str, Any]) -> None:
 
 
 def test_two_coordinators_that_both_believe_to_lead_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Leadership, "epoch", lambda self: 7)
+    """For half a second only: less than a lease."""
+    epoch = Leadership.epoch
+
+    def overlapping(self: Leadership) -> int | None:
+        return 7 if 100.0 <= asyncio.get_running_loop().time() < 100.5 else epoch(self)
+
+    monkeypatch.setattr(Leadership, "epoch", overlapping)
     _, checker = run_world(CALM)
     assert "one_leads" in broken(checker)
+
+
+def test_sessions_that_hang_at_the_end_have_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Chain, "check_stall", lambda self: None)
+    compute = SimulatedEngine.step
+
+    async def hang(self: SimulatedEngine, step: Any) -> Any:
+        if asyncio.get_running_loop().time() > HANG_AT_S:
+            await asyncio.sleep(1e6)
+        return await compute(self, step)
+
+    monkeypatch.setattr(SimulatedEngine, "step", hang)
+    world, _ = run_world(CALM)
+    assert world.meter.totals().sessions_failed > 0
+    assert world.meter.totals().success_rate < 1.0
 
 
 def test_a_session_that_waits_for_ever_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """`fallow serve …`: single processes, for operators who run them under their own supervisor."""
 
 import asyncio
+import os
 
 import typer
 
@@ -26,6 +27,8 @@ def coordinator(
     be restarted at any time; running answers go on. Run it on two machines, and one leads while the other stands by to
     take over; for that the NATS server needs JetStream. Without it, run only one.
     """
+    # Routing solves many small systems: BLAS threads would only wait for each other. Read when numpy is imported.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     from fallow.processes.coordinator import run
 
     set_up_logging(verbose, log_file)

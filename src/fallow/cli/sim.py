@@ -1,5 +1,7 @@
 """`fallow sim …`: run a simulated fleet through a scenario, and show what became of it."""
 
+import logging
+import os
 from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
@@ -10,7 +12,7 @@ import typer
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from fallow.cli.options import console, notes, say
+from fallow.cli.options import Verbose, console, notes, say
 
 if TYPE_CHECKING:
     from fallow.simulator.results import RunResult
@@ -55,6 +57,7 @@ def run(
     report: Annotated[
         Path | None, typer.Option("--report", help="Write a page with plots there.", metavar="FILE")
     ] = None,
+    verbose: Verbose = False,
 ) -> None:
     """Run a scenario. The same scenario, seed and version give the same run, down to its event hash.
 
@@ -68,6 +71,10 @@ def run(
           fallow sim run correlated-reclaim --seed 7 --devices 200 --report evening.html
           fallow sim run ev-fleet --mode fast --devices 1000000 --out ev.json
     """
+    # Before numpy is imported: threads that spin for each other make small matrices slow, and may round differently.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    # What a fleet in trouble warns of is the simulation's subject, not news; its figures come at the end.
+    logging.basicConfig(level=logging.INFO if verbose else logging.CRITICAL)
     from fallow.simulator import shipped
     from fallow.simulator.keepsake import keep, replay_command
     from fallow.simulator.results import write_result

@@ -2,7 +2,8 @@
 
 Rules
 - Each delivered frame of a session is checked for its way; each order, for what it asks; each answer, when it ends.
-- A device is looked at in the next `LOOK_S` after anything reached it; everybody is looked at every `SWEEP_S`.
+- A device is looked at in the next `LOOK_S` after anything reached it; everybody is looked at every `SWEEP_S`. Who leads
+  is looked at every `LOOK_S` and at each order.
 - A violation is noted once for each invariant and subject, and `VIOLATIONS_MAX` in all.
 """
 
@@ -71,6 +72,7 @@ class Checker:
     def _on_bus(self, _: str, receiver: str, message: Message) -> None:
         if not message.subject.endswith(".command"):
             return
+        self._look_for_leaders()
         device = self._world.by_id.get(NodeId(receiver))
         order = _ORDER.decode(message.message)
         if device is None or not isinstance(order, PlaceStage):
@@ -94,6 +96,7 @@ class Checker:
         next_sweep_s = 0.0
         while True:
             await self._world.clock.sleep(LOOK_S)
+            self._look_for_leaders()
             touched, self._touched = self._touched, {}
             for node in touched:
                 device = self._world.by_id.get(node)
@@ -116,13 +119,16 @@ class Checker:
         for device in self._world.devices:
             self.look_at(device)
         for cell in self._world.cells:
-            views = [CoordinatorView(each.name, each.epoch()) for each in cell.coordinators if each.process is not None]
-            self._note(invariants.one_leads, cell.name, invariants.one_leads(views))
             for gateway in cell.gateways:
                 for turn in gateway.turns.values():
                     found = invariants.sessions_make_progress(turn, now_s)
                     self._note(invariants.sessions_make_progress, str(turn.number), found)
         self._look_for_leftovers(now_s)
+
+    def _look_for_leaders(self) -> None:
+        for cell in self._world.cells:
+            views = [CoordinatorView(each.name, each.epoch()) for each in cell.coordinators if each.process is not None]
+            self._note(invariants.one_leads, cell.name, invariants.one_leads(views))
 
     def _look_for_leftovers(self, now_s: float) -> None:
         known = {

@@ -1,4 +1,4 @@
-"""A simulated gateway: the real token source and chains, asked by simulated clients.
+"""A simulated gateway: the real door, token source and chains, asked by simulated clients.
 
 Rules
 - A client asks, reads greedily to the end, and sometimes goes on with a follow-up turn, as a chat does.
@@ -14,13 +14,17 @@ from typing import Final
 import msgspec
 
 from fallow.domain.clock import Clock
-from fallow.domain.errors import FallowError
+from fallow.domain.errors import FallowError, KvExhausted
 from fallow.domain.fleet import Subjects
 from fallow.domain.frames import Frame, Phase
 from fallow.domain.ids import Digest, NodeId, SessionId
 from fallow.fabric.peers import Peers
+from fallow.gateway.admission import Admission
+from fallow.gateway.metrics import GatewayMetrics
+from fallow.gateway.problems import Problem
 from fallow.gateway.sessions import FleetConversation, FleetTokenSource
 from fallow.models.store import Store
+from fallow.policy.admission import AdmissionRules
 from fallow.policy.liveness import Liveness
 from fallow.simulator.model import Undisturbed
 from fallow.simulator.network import SimulatedNetwork
@@ -114,6 +118,7 @@ class SimulatedGateway:
             on_lost=self._on_lost,
             liveness=liveness,
         )
+        self._door = Admission(AdmissionRules(), clock, GatewayMetrics())
         names = (SessionId(f"{number(seed, node, str(i)):016x}" * 2) for i in itertools.count())
         self.source = FleetTokenSource(
             network.bus(node), self.peers, store, clock, subjects, node, new_session=names.__next__
@@ -132,6 +137,29 @@ class SimulatedGateway:
     async def serve(self, turn: Turn, model: Digest, ask: Ask, telling: Telling) -> None:
         """One session from question to end; whatever happens is in `turn`."""
         self.turns[turn.number] = turn
+        try:
+            async with self._door.place(ask.key, 1, len(ask.prompt)) as place:
+                try:
+                    await self._converse(turn, model, ask, telling)
+                finally:
+                    place.tokens = turn.tokens
+        except Problem as problem:
+            turn.outcome, turn.error = Outcome.REFUSED, f"{problem.status} {problem.body.message}"
+        finally:
+            self._end(turn)
+
+    def give_up(self) -> None:
+        """The run is over: sessions that still run have failed."""
+        for turn in list(self.turns.values()):
+            turn.outcome, turn.error = Outcome.FAILED, "it still ran when the run had ended"
+            self._end(turn)
+
+    def _end(self, turn: Turn) -> None:
+        if self.turns.pop(turn.number, None) is not None:
+            turn.ended_s = self._clock.monotonic_s()
+            self._on_turn(self, turn)
+
+    async def _converse(self, turn: Turn, model: Digest, ask: Ask, telling: Telling) -> None:
         conversation: FleetConversation | None = None
         try:
             conversation = await self.source.open(model, ask.prompt, ask.completion_tokens, GREEDY_TOP_K, ask.key)
@@ -140,17 +168,16 @@ class SimulatedGateway:
             self._on_turn(self, turn)
             await self._answer(turn, conversation, ask, telling)
         except FallowError as error:
-            turn.outcome = Outcome.REFUSED if turn.accepted_s is None else Outcome.FAILED
+            full = isinstance(error, KvExhausted)
+            if full:
+                self._door.no_room()
+            turn.outcome = Outcome.REFUSED if full and turn.accepted_s is None else Outcome.FAILED
             turn.error = f"{error.code}: {error.message}"
         finally:
             if conversation is not None:
                 turn.repairs = conversation.chain.repairs
                 turn.hops = turn.hops or len(conversation.chain.hops)
-                keep = ask.keep and turn.outcome is Outcome.FINISHED
-                await conversation.close(keep=keep)
-            turn.ended_s = self._clock.monotonic_s()
-            del self.turns[turn.number]
-            self._on_turn(self, turn)
+                await conversation.close(keep=ask.keep and turn.outcome is Outcome.FINISHED)
 
     async def _answer(self, turn: Turn, conversation: FleetConversation, ask: Ask, telling: Telling) -> None:
         right = telling.restart(conversation.cached_tokens)
@@ -164,8 +191,10 @@ class SimulatedGateway:
             now_s = self._clock.monotonic_s()
             if turn.last_token_s is None:
                 turn.first_token_s = now_s
+                self._door.first_token(now_s - turn.asked_s)
             else:
                 turn.gaps_s.append(now_s - turn.last_token_s)
+                self._door.next_token(now_s - turn.last_token_s)
             turn.last_token_s = now_s
             turn.tokens += 1
             token = int(candidates.ids[0])

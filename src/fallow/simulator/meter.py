@@ -102,6 +102,7 @@ class Meter:
         outcomes = [turn.outcome for turn in self.turns]
         first, gaps, stalls, hops = _latencies(self.turns)
         finished, failed = sum(map(_is_finished, outcomes)), outcomes.count(Outcome.FAILED)
+        unaltered = outcomes.count(Outcome.FINISHED)
         capacity = sum((_mean(each.capacity) or 0.0) * self.bin_s for each in self._bins)
         tokens = sum(turn.tokens for turn in self.turns)
         return Totals(
@@ -112,7 +113,7 @@ class Meter:
             sessions_altered=outcomes.count(Outcome.ALTERED),
             tokens_served=tokens,
             utilisation=tokens / capacity if capacity else None,
-            success_rate=finished / (finished + failed) if finished + failed else 1.0,
+            success_rate=unaltered / (finished + failed) if finished + failed else 1.0,
             first_token_p50_s=quantile(first, 0.5),
             first_token_p99_s=quantile(first, 0.99),
             inter_token_p50_s=quantile(gaps, 0.5),

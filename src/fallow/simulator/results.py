@@ -66,7 +66,7 @@ class Totals(msgspec.Struct, frozen=True, kw_only=True):
     utilisation: float | None
     """Tokens served by tokens that the available devices could have served."""
     success_rate: float
-    """Finished by (finished + failed). Refusals are reported beside it."""
+    """Finished unaltered by (finished + failed). Refusals are reported beside it."""
     first_token_p50_s: float | None = None
     first_token_p99_s: float | None = None
     inter_token_p50_s: float | None = None

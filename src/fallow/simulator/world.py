@@ -190,6 +190,9 @@ class World:
         while self.running_turns() and self.clock.monotonic_s() < last_s:
             await self.clock.sleep(1.0)
             self._check_trouble()
+        for cell in self.cells:
+            for gateway in cell.gateways:
+                gateway.give_up()
 
     def running_turns(self) -> int:
         return sum(len(gateway.turns) for cell in self.cells for gateway in cell.gateways)
