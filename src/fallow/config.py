@@ -323,7 +323,7 @@ def _parse(name: str, value: Any, kind: Any, source: str) -> Any:
             value = parse_size(value)
         except ValueError as error:
             raise ConfigError(f"{name} from {source}: {error}.") from error
-    if kind is Declarations and isinstance(value, str):
+    if _is_texts(kind) and isinstance(value, str):
         value = [part.strip() for part in value.split(LIST_SEPARATOR) if part.strip()]
         return _convert(name, value, kind, source)
     if isinstance(value, Path):
@@ -340,6 +340,16 @@ def _convert(name: str, value: Any, kind: Any, source: str) -> Any:
     except msgspec.ValidationError as error:
         shown = "[…]" if name in SECRET_SETTINGS else repr(value)
         raise ConfigError(f"{name} = {shown} from {source} cannot be used: {_lower(str(error))}.") from error
+
+
+def _is_texts(kind: Any) -> bool:
+    """Whether a setting is a list of texts, such as `node.available`."""
+    items = _bare(kind)
+    return get_origin(items) is tuple and _bare(get_args(items)[0]) is str
+
+
+def _bare(kind: Any) -> Any:
+    return get_args(kind)[0] if get_origin(kind) is Annotated else kind
 
 
 def _is_path(kind: Any) -> bool:

@@ -123,6 +123,21 @@ def test_a_loaded_cell_sends_new_sessions_to_its_neighbour_and_keeps_those_that_
     run(script)
 
 
+def test_a_loaded_cell_that_has_to_serve_a_lent_session_itself_repairs_it_itself() -> None:
+    async def script(world: World) -> None:
+        one, two = await world.cell("one", (WHOLE,), (WHOLE,)), await world.cell("two", (WHOLE,))
+        await world.until(lambda: one.knows("two"), 3.0)
+        await one.work(CAPACITY)
+        await world.clock.sleep(1.5)
+        assert two.serves(await one.route(1))
+        world.hub.cut.add(frozenset(("one", "two")))
+        reply = await one.route(1, exclude=(two.devices[0].id,))
+        assert one.serves(reply)
+        assert SessionId(f"{1:032x}") not in one.coordinator._neighbours._given
+
+    run(script)
+
+
 def test_the_cell_that_gave_a_chain_repairs_it() -> None:
     async def script(world: World) -> None:
         one = await world.cell("one")

@@ -110,6 +110,20 @@ def test_a_device_that_falls_silent_is_gone_after_three_intervals_and_comes_back
     run(tmp_path, 3, script)
 
 
+@pytest.mark.parametrize("message", [b"", b"\xff", b"[" * 100_000, b'{"epoch": -1, "name": ""}'])
+def test_a_leaders_word_that_cannot_be_read_is_dropped_by_name(
+    tmp_path: Path, message: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def script(cell: Cell) -> None:
+        await cell.say(SUBJECTS.leader, message)
+        await cell.clock.sleep(0.1)
+        assert cell.devices[0].agent._epoch == 0
+
+    run(tmp_path, 1, script)
+    assert "bad_message: a leader's word" in caplog.text
+    assert not [record for record in caplog.records if record.exc_info]
+
+
 async def _swallow(subject: str, message: bytes) -> None:
     """A bus that loses everything."""
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from fallow.domain.fleet import DropStage, FleetStatus
+from fallow.domain.fleet import Accepted, DropStage, FleetStatus, NodeCommand
 from fallow.domain.ids import NodeId
 from fallow.simulator.virtual_time import run_virtual
 from tests.simulation.control import SUBJECTS, node_id
@@ -207,6 +207,29 @@ def test_a_bus_that_lost_its_store_or_lies_about_epochs_does_not_lock_the_cell(t
         (await cell.join()).agent._epoch = 1_000_000
         await cell.until(lambda: doubled(cell), 12.0)
         assert cell.leader() is leader and leader.authority.epoch() == 1_000_001
+
+    run(tmp_path, script)
+
+
+@pytest.mark.parametrize("ahead", [1, 1 << 62])
+def test_a_device_that_lies_about_epochs_does_not_unseat_the_leader(tmp_path: Path, ahead: int) -> None:
+    async def script(cell: LedCell) -> None:
+        leader = await cell.lead(AT_ONCE_S)
+        cell.devices[2].kill()
+        await cell.until(lambda: cell.gone, 1.0)
+        liar = await cell.join()
+
+        async def lie(_: str, message: bytes) -> bytes:
+            epoch = min(msgspec.json.decode(message, type=NodeCommand).epoch + ahead, 1 << 62)
+            return msgspec.json.encode(Accepted(ok=False, epoch=epoch))
+
+        await liar.agent._subscriptions[0].cancel()
+        await liar.bus.subscribe(SUBJECTS.command(liar.id), lie)
+        honest = await cell.join()
+        await cell.until(lambda: doubled(cell) and honest.ready(), 20.0)
+        await cell.clock.sleep(60.0)
+        assert cell.leader() is leader and len(cell.epochs) == 1
+        assert leader.authority.epoch() == cell.epochs[0]
 
     run(tmp_path, script)
 

@@ -222,6 +222,8 @@ class Catalogue(msgspec.Struct, frozen=True, kw_only=True):
     models: tuple[ModelEntry, ...]
     stores: tuple[PeerAddress, ...]
     """Peers that hold every file: the operator's store first."""
+    models_left_out: int = 0
+    """Models that are served beside `models`, for which the message has no room."""
 
 
 class StoreAnnounced(msgspec.Struct, frozen=True, kw_only=True):
@@ -292,6 +294,11 @@ class FleetStatus(msgspec.Struct, frozen=True, kw_only=True):
     """Other cells, nearest first."""
     nodes_left_out: int = 0
     """Devices that are here beside `nodes`, for which the message has no room."""
+    chains_left_out: int = 0
+    """Of `gateways`, in the same way."""
+    neighbours_left_out: int = 0
+    models_left_out: int = 0
+    gateways_left_out: int = 0
 
 
 class Subjects:

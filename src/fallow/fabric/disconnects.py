@@ -142,10 +142,3 @@ class NatsPresence:
             self._on_disconnect(name, event.reason)
         except Exception:
             log.exception("handling the disconnection of %s failed", name)
-
-
-async def watch_disconnects(system_url: str, on_disconnect: Callable[[str, str], None]) -> NatsPresence:
-    """Call `on_disconnect(client_name, reason)` for every loss until the watcher is closed. Raises `BusUnavailable`."""
-    watcher = NatsPresence(system_url)
-    await watcher.start(on_disconnect)
-    return watcher

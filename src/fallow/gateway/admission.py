@@ -10,6 +10,8 @@ from contextlib import asynccontextmanager
 from statistics import median
 from typing import Final, NoReturn
 
+import msgspec
+
 from fallow.domain.clock import Clock
 from fallow.gateway.metrics import GatewayMetrics
 from fallow.gateway.problems import overloaded, rate_limited
@@ -140,26 +142,26 @@ class Admission:
         self._metrics.next_token(elapsed_s)
         if len(self._gaps_s) < SAMPLES_MAX:
             self._gaps_s.append(elapsed_s)
+        rules = self._rules
+        window_s = rules.window_s if self.places.was_full else rules.window_first_s
         lasted_s = self._clock.monotonic_s() - self._window_since_s
-        enough = len(self._gaps_s) >= self._rules.samples_min
-        if lasted_s >= (self._rules.window_s if enough else self._rules.window_max_s):
-            self._adapt(no_room=False)
+        if lasted_s >= (window_s if len(self._gaps_s) >= rules.samples_min else rules.window_max_s):
+            self._adapt(self._window())
 
-    def no_room(self) -> None:
-        """Devices had no room for an answer that was admitted."""
-        self._adapt(no_room=True)
+    def no_room(self, places: int = 1) -> None:
+        """Devices had no room for a request that was admitted and has `places` now. Where nobody else has any, it says
+        nothing of how many may run, and the window goes on."""
+        others = self._queue.running - places
+        if others > 0:
+            self._adapt(msgspec.structs.replace(self._window(), no_room=True, running_then=others))
 
-    def _adapt(self, *, no_room: bool) -> None:
-        now_s = self._clock.monotonic_s()
+    def _window(self) -> Window:
         enough = len(self._gaps_s) >= self._rules.samples_min
-        window = Window(
-            gap_s=median(self._gaps_s) if enough else None,
-            running_most=self._running_most,
-            no_room=no_room,
-            running_then=max(0, self._queue.running - 1),
-        )
+        return Window(gap_s=median(self._gaps_s) if enough else None, running_most=self._running_most)
+
+    def _adapt(self, window: Window) -> None:
         self.places = adapted(self.places, window, self._rules)
-        self._window_since_s = now_s
+        self._window_since_s = self._clock.monotonic_s()
         self._gaps_s.clear()
         self._running_most = self._queue.running
         self._begin()

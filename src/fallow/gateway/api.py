@@ -199,7 +199,7 @@ class _Gateway:
             try:
                 await run(send, prepared, tallies, owner, request_id)
             except KvExhausted:
-                self._door.no_room()
+                self._door.no_room(count)
                 raise
             finally:
                 self.metrics.choices_changed(-count)

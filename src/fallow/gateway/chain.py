@@ -117,7 +117,7 @@ class Chain:
         self._trouble: str | None = None
         self._avoid_until_s: dict[NodeId, float] = {}
         self._failed: set[NodeId] = set()
-        """Who failed since the chain last flowed: may be chosen anew, but is not kept, or each try would ask it first."""
+        """Who failed since the chain last flowed: may be chosen anew, but is not kept: tries would begin there."""
         self._wake: asyncio.Future[None] | None = None
         self._states: dict[NodeId, StageState | Refused] = {}
         self._progress_at_s = clock.monotonic_s()

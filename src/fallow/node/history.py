@@ -27,7 +27,7 @@ import psutil
 
 from fallow.domain.clock import Clock
 from fallow.domain.fleet import Outlook
-from fallow.node.timetable import Window, next_departure_h, window_shares
+from fallow.node.timetable import Window, departures_in_h, window_shares
 from fallow.policy.availability import (
     AGES,
     DEPARTURE_TOLERANCE_H,
@@ -179,7 +179,7 @@ class StayHistory:
             present = Present(
                 hour_of_week=np.array([hour]),
                 age_h=np.array([age_h]),
-                departs_in_h=np.array([next_departure_h(self._declared.departures, hour)]),
+                departs_in_h=np.array([departures_in_h(self._declared.departures, hour)]),
                 on_battery=np.array([self._battery()]),
             )
             self._outlook = now_s, outlook(self._rates, present)

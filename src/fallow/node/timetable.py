@@ -17,7 +17,7 @@ from typing import Final
 import numpy as np
 
 from fallow.domain.errors import ConfigError
-from fallow.policy.availability import HOURS, Array
+from fallow.policy.availability import HOURS, LAST_H, OVERDUE_H, Array
 
 DAYS: Final = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
 DECLARED_MAX: Final = 50
@@ -68,9 +68,11 @@ def window_shares(windows: Sequence[Window]) -> Array | None:
     return np.asarray(minutes.reshape(1, HOURS, 60).mean(axis=2))
 
 
-def next_departure_h(departures: Sequence[float], hour_of_week: float) -> float:
-    """Hours from `hour_of_week` to the next departure; `inf` without any."""
-    return min(((departure - hour_of_week) % HOURS for departure in departures), default=float("inf"))
+def departures_in_h(departures: Sequence[float], hour_of_week: float) -> list[float]:
+    """Hours from `hour_of_week` to the departures that matter to an outlook: those of the last `OVERDUE_H` (negative)
+    and those up to an hour beyond the last horizon, so that they come into sight gradually. Ascending."""
+    ahead = ((departure - hour_of_week + OVERDUE_H) % HOURS - OVERDUE_H for departure in departures)
+    return sorted(departure for departure in ahead if departure <= LAST_H + 1.0)
 
 
 def _few(setting: str, texts: Sequence[str]) -> Sequence[str]:

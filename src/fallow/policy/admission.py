@@ -3,9 +3,10 @@
 Rules
 - An answer takes a place while it is generated. How many places there are follows what the fleet shows (`adapted`):
   more while all are taken and tokens come quickly, fewer when tokens come slower than `stretch` times the idle gap, or
-  when devices had no room. This is the gradient of latency (as in TCP Vegas, and Netflix's concurrency limits), with
-  a stretch because devices compute several rows at once for little more than one. It begins with few places, so that
-  the idle gap is seen before the fleet is full, and grows fast until tokens come too slowly for the first time.
+  when devices had no room beside others' answers (one that finds none alone is too large for them). This is the
+  gradient of latency (as in TCP Vegas, and Netflix's concurrency limits), with a stretch because devices compute
+  several rows at once for little more than one. It begins with few places, so that the idle gap is seen before the
+  fleet is full, and grows fast until tokens come too slowly for the first time.
 - Fair between keys, by tokens and not by requests: each key has a counter of the tokens that it was served, and the
   waiting key with the lowest counter is next (the virtual token counter of Sheng and others, OSDI 2024). What runs
   counts with what its key's answers usually cost, until it is known. A key that comes back after a pause begins at the
@@ -32,11 +33,11 @@ KEYS_MAX: Final = 2048
 class AdmissionRules(msgspec.Struct, frozen=True, kw_only=True):
     """Bounds and weights."""
 
-    places_first: int = 2
+    places_first: int = 4
     """How many there are before anything was measured."""
     places_min: int = 1
     places_max: int = 256
-    stretch: float = 6.0
+    stretch: float = 5.0
     """Tokens may come so much slower than on an idle fleet: eight rows at once cost a device 2.6 times one and sixteen
     4.4 times, and a chain has several devices to wait at."""
     growth_first: float = 1.6
@@ -46,6 +47,8 @@ class AdmissionRules(msgspec.Struct, frozen=True, kw_only=True):
     samples_min: int = 20
     """Gaps between tokens without which a window goes on, for `window_max_s` at most."""
     window_s: float = 1.0
+    window_first_s: float = 0.25
+    """Until the fleet was seen to have work: a few people who come at once should not wait."""
     window_max_s: float = 10.0
     gradient_min: float = 0.95
     """The number of places falls by at most this factor below the answers that run, in a window. Nobody can begin until
@@ -79,8 +82,9 @@ class Window(msgspec.Struct, frozen=True, kw_only=True):
     running_most: int
     """Places that were taken at once, at the most."""
     no_room: bool = False
-    """Whether devices refused an answer for lack of room, with `running_then` others running."""
+    """Whether devices refused an answer for lack of room."""
     running_then: int = 0
+    """Places that other requests had taken then."""
 
 
 class Places(msgspec.Struct, frozen=True, kw_only=True):
@@ -110,8 +114,10 @@ def adapted(places: Places, window: Window, rules: AdmissionRules) -> Places:
     if gap_s is not None and places.gap_s is not None:
         gap_s = _mixed(places.gap_s, gap_s, rules.gap_weight)
     count, was_full = places.count, places.was_full
-    if window.no_room:
-        count, was_full = min(count, float(window.running_then)), True
+    if window.no_room and window.running_then:
+        # Few others: that the request was large is more likely than that the fleet is full.
+        was_full = was_full or not _quiet(window.running_then, count, rules)
+        count = min(count, float(window.running_then))
     elif gap_s is not None and idle_s is not None:
         may_s = rules.stretch * idle_s
         was_full = was_full or (window.gap_s or 0.0) > may_s / 2
@@ -130,9 +136,13 @@ def _idle_gap_s(places: Places, window: Window, rules: AdmissionRules) -> float 
         return places.idle_gap_s
     if places.idle_gap_s is None or window.gap_s < places.idle_gap_s:
         return window.gap_s
-    if window.running_most <= max(1.0, rules.quiet_share * places.count):
+    if _quiet(window.running_most, places.count, rules):
         return places.idle_gap_s + rules.quiet_weight * (window.gap_s - places.idle_gap_s)
     return places.idle_gap_s
+
+
+def _quiet(running: int, count: float, rules: AdmissionRules) -> bool:
+    return running <= max(1.0, rules.quiet_share * count)
 
 
 # --- whose turn -------------------------------------------------------------------------------------

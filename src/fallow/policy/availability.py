@@ -12,7 +12,8 @@ Rules
 - Declared windows are prior evidence on the hours: leaving inside of one is rare, after its end likely. A device's
   history overrules them as it grows.
 - A declared departure is believed as often as this device's departures came true: then it ends the stay at about that
-  time, and little else does.
+  time, and little else does in the hours before. One that has passed is believed less and less; one that is further
+  ahead than the last horizon says nothing; nothing jumps in between.
 - Everything works on arrays, one row for each device; an agent is a batch of one, and the simulator's fast mode runs
   the same functions. The history has a fixed size whatever its length, and forgets half of itself in four weeks.
 
@@ -62,8 +63,14 @@ DEPARTURE_WORD: Final = (8.0, 1.0)
 """Kept and broken departures that count as seen before the first one."""
 DEPARTURE_TOLERANCE_H: Final = 0.5
 """A departure that comes true this closely was kept."""
+OVERDUE_H: Final = 2.0
+"""After so long, hardly anything is left of the belief in a departure that has passed."""
 UNPLANNED: Final = 0.1
 """Of the usual rate, before a declared departure."""
+LAST_H: Final = OUTLOOK_HORIZONS_S[-1] / 3600
+UNPLANNED_H: Final = (LAST_H / 2, LAST_H)
+"""How far ahead a departure may be for that rate to apply fully, and from where on the usual rate does: who says when
+he leaves on Monday does not say that he stays all week."""
 UNPLUGGED_FACTOR: Final = 3.0
 """How much faster a device leaves on battery, until its history says; worth as many departures as the next figure."""
 UNPLUGGED_ENDS: Final = 2.0
@@ -114,7 +121,8 @@ class Present(msgspec.Struct, frozen=True, kw_only=True):
     age_h: Array
     """[devices]: how long it has been here."""
     departs_in_h: Array
-    """[devices]: until its declared departure, negative when that has passed; `inf`: none was declared."""
+    """[devices] or [devices, departures]: until its declared departures, negative when they have passed; `inf`: none.
+    Those that passed before its stay began are over."""
     on_battery: npt.NDArray[np.bool_]
 
 
@@ -312,20 +320,43 @@ def survival(rates: Rates, present: Present) -> tuple[Array, Array]:
     rate = rates.by_hour[rows, hour] * rates.by_age[rows, age]
     rate *= np.where(present.on_battery, rates.unplugged, 1.0)[:, None]
     cumulated = np.cumsum(rate * _STEPS_H, axis=1)
-    alive = with_departure(np.exp(-cumulated), rates.departure_kept, present.departs_in_h, _ENDS_H)
+    alive = np.exp(-cumulated)
+    # The latest first: what is left if an earlier one is not kept.
+    declared = present.departs_in_h if present.departs_in_h.ndim == 2 else present.departs_in_h[:, None]
+    for departs in -np.sort(-declared, axis=1).T:
+        alive = with_departure(alive, rates.departure_kept, ahead_h(departs, present.age_h), _ENDS_H)
     before = np.concatenate([np.ones((len(alive), 1)), alive[:, :-1]], axis=1)
     return alive[:, _HORIZONS], ((before + alive) / 2) @ _STEPS_H
 
 
 def with_departure(alive: Array, kept: Array, departs_in_h: Array, at_h: Array) -> Array:
     """[devices, times] survival at `at_h`, with what owners declared: with probability `kept` the stay ends at about
-    the departure and hardly before, else as usual. A departure that is overdue is believed less and less."""
+    the departure and hardly before, else as usual. A departure that is overdue is believed less and less, and one
+    beyond the last horizon changes nothing."""
     told = np.isfinite(departs_in_h)
-    departs = np.where(told, departs_in_h, 0.0)[:, None]
-    here = _still_here(departs, 0.0)
-    believed = kept[:, None] * here / (kept[:, None] * here + 1 - kept[:, None])
-    planned = alive**UNPLANNED * _still_here(departs, at_h) / np.maximum(here, 1e-12)
-    return np.where(told[:, None], believed * np.minimum(planned, 1.0) + (1 - believed) * alive, alive)
+    departs = np.where(told, departs_in_h, 0.0)
+    here = np.maximum(_still_here(departs, 0.0), 1e-12)[:, None]
+    planned = alive ** unplanned(departs)[:, None] * _still_here(departs[:, None], at_h) / here
+    share = believed(kept, departs)[:, None]
+    return np.where(told[:, None], share * np.minimum(planned, 1.0) + (1 - share) * alive, alive)
+
+
+def ahead_h(departs_in_h: Array, age_h: Array) -> Array:
+    """[devices] `departs_in_h` without the departures that passed before the stay began."""
+    return np.where(departs_in_h < -age_h, np.inf, departs_in_h)
+
+
+def believed(kept: Array, departs_in_h: Array) -> Array:
+    """[devices] the probability that a departure is still to come, of a device that is here (Bayes)."""
+    here = _still_here(departs_in_h, 0.0)
+    return np.asarray(kept * here / (kept * here + 1 - kept))
+
+
+def unplanned(departs_in_h: Array) -> Array:
+    """[devices] the share of the usual rate at which a device leaves before a departure that it keeps."""
+    begin, end = UNPLANNED_H
+    far = np.clip((departs_in_h - begin) / (end - begin), 0.0, 1.0)
+    return np.asarray(UNPLANNED + (1 - UNPLANNED) * far)
 
 
 def _still_here(departs_in_h: Array, at_h: Array | float) -> Array:

@@ -47,6 +47,8 @@ class RoutingRules(msgspec.Struct, frozen=True, kw_only=True):
     carriers_per_piece_max: int = 8
     labels_max: int = 2_000
     """Search steps after which carriers used so far are no longer told apart: bounded time before the last per cent."""
+    pushes_max: int = 10_000
+    """Ways to go on that were noted, after which the same holds: a step notes as many as carriers have runs."""
     refresh_s: float = 3.0
     """How often the weights of a cell are worked out anew."""
     exact_carriers_max: int = 8
@@ -207,11 +209,14 @@ def _search(
         if edge == shape.layer_count:
             return tuple(Hop(address=carrier.address, span=span) for carrier, span in path)
         popped += 1
-        used = frozenset(carrier.node for carrier, _ in path)
-        still_matters = frozenset(node for node in used if start_max.get(node, 0) >= edge)
         last = path[-1][0] if path else None
         known = settled.setdefault((edge, last.node if last else None), [])
-        if any(earlier <= still_matters for earlier in known) or (known and popped > rules.labels_max):
+        late = popped > rules.labels_max or pushed > rules.pushes_max
+        if known and late:
+            continue
+        used = frozenset(carrier.node for carrier, _ in path)
+        still_matters = frozenset(node for node in used if start_max.get(node, 0) >= edge)
+        if any(earlier <= still_matters for earlier in known):
             continue
         known.append(still_matters)
         options: Iterable[tuple[Carrier, list[Span]]] = [forced[edge]] if edge in forced else free.get(edge, ())
@@ -219,6 +224,8 @@ def _search(
             if carrier.node in used:
                 continue
             for span in spans:
+                if late and (span.last, carrier.node) in settled:
+                    continue
                 pushed += 1
                 total = cost + hop_s(last, carrier, span, shape, request.origin, rules)
                 heapq.heappush(heap, (total, hop_count + 1, pushed, span.last, (*path, (carrier, span))))

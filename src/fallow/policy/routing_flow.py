@@ -85,7 +85,8 @@ class Sparse:
 
     def times(self, x: Floats) -> Floats:
         """The product with `x` [n]."""
-        return np.bincount(self._rows.ravel(), weights=(self._values * x).ravel(), minlength=self.height)
+        found = np.bincount(self._rows.ravel(), weights=(self._values * x).ravel(), minlength=self.height)
+        return np.asarray(found, np.float64)
 
     def transposed_times(self, y: Floats) -> Floats:
         """The transposed matrix's product with `y` [height]."""
@@ -115,12 +116,13 @@ def fewest_hops(kinds: Sequence[Kind], work: Sequence[float], rows_per_s: float)
     # Rows: flow at every edge but the last, then work of every kind. Columns: arcs, the unserved share, slack. A column
     # has three entries at most: where it starts, where it ends, whose work it is.
     scale = np.array([max(kinds[index].cap, 1e-9) for index in used]) / rows_per_s
-    none, slack = np.zeros(arcs, np.int64), inner + np.arange(len(used))
+    slack = inner + np.arange(len(used))
     ends_inside = end < inner
     rows = np.zeros((3, arcs + 1 + len(used)), np.int64)
     values = np.zeros(rows.shape)
-    rows[:, :arcs] = start, np.where(ends_inside, end, none), inner + row_of[kind]
-    values[:, :arcs] = 1.0, np.where(ends_inside, -1.0, 0.0), (done[end] - done[start]) / scale[row_of[kind]]
+    rows[:, :arcs] = np.stack((start, np.where(ends_inside, end, 0), inner + row_of[kind]))
+    shares = (done[end] - done[start]) / scale[row_of[kind]]
+    values[:, :arcs] = np.stack((np.ones(arcs), np.where(ends_inside, -1.0, 0.0), shares))
     values[0, arcs] = 1.0
     rows[0, arcs + 1 :], values[0, arcs + 1 :] = slack, 1.0
     matrix = Sparse(inner + len(used), rows, values)

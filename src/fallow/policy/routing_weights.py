@@ -40,7 +40,7 @@ LOAD_MIN = 0.4
 LOAD_MAX = 0.98
 CALLS_WAITING = 1.6
 """Sessions on a carrier, in full calls, from which on more are asked for than it computes."""
-HEADROOM_SHARE = 0.6
+HEADROOM_SHARE = 0.5
 """Of what a kind has left when all kinds are equally used, the share that stays free."""
 RTTS_SAMPLED_MAX = 8
 KV_SESSIONS_AMPLE = 4

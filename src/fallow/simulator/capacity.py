@@ -1,6 +1,6 @@
 """What the devices that are here could serve at most, by what they hold: the yardstick of utilisation.
 
-Pure: speeds and spans in, tokens a second out. The bound is that of `policy/flow.py`, exact for the pieces that are ready
+Pure: speeds and spans in, tokens a second out. The bound is that of `policy/flow.py`, exact for pieces that are ready
 with every device computing `BATCH_ROWS` rows in a call.
 """
 

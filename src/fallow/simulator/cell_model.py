@@ -15,76 +15,26 @@ Prompts are not modelled: every row is a decode row. Time is the model's own; no
 
 import heapq
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from itertools import count, pairwise
-from typing import NamedTuple, Protocol
 
-import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from fallow.domain.fleet import Hop, Outlook, RouteReply, RouteRequest, Speed
+from fallow.domain.fleet import Hop, RouteRequest
 from fallow.domain.frames import PeerAddress
-from fallow.domain.ids import Digest, NodeId, SessionId
-from fallow.domain.model import Span, StageSpec
+from fallow.domain.ids import NodeId, SessionId
+from fallow.domain.model import StageSpec
 from fallow.policy.routing import ROWS_MAX, Carrier, ModelShape, kv_bytes, layer_s
+from fallow.simulator.cell_values import MODEL, Asked, Machine, Route, Seen
 
-MODEL = Digest("ab" * 32)
 DETECT_S = 0.5
 REBUILD_S = 0.5
 RETRY_S = 1.0
 
+__all__ = ["MODEL", "Asked", "CellModel", "Machine", "Route", "Seen"]
+
 Floats = NDArray[np.float64]
-
-
-class Machine(msgspec.Struct, frozen=True, kw_only=True):
-    """A device of the model."""
-
-    speed: Speed
-    pieces: tuple[Span, ...]
-    kv_bytes: int
-    outlook: Outlook | None = None
-
-
-class Asked(NamedTuple):
-    """A session that a client asks for."""
-
-    gateway: int
-    tokens: int
-
-
-class Route(Protocol):
-    """The router under test."""
-
-    def __call__(self, request: RouteRequest, carriers: Mapping[NodeId, Carrier], now_s: float) -> RouteReply:
-        """A chain, or why there is none."""
-        ...
-
-
-class Seen(msgspec.Struct, kw_only=True):
-    """What the model recorded since `reset`."""
-
-    from_s: float
-    until_s: float = 0.0
-    tokens: int = 0
-    hops: int = 0
-    """Hops of the chains that tokens went through."""
-    token_s: list[float] = []
-    session_token_s: list[float] = []
-    """For each session that ended, its mean seconds a token."""
-    started: int = 0
-    finished: int = 0
-    refused: int = 0
-    repairs: int = 0
-    stalls_s: list[float] = []
-
-    @property
-    def tokens_per_s(self) -> float:
-        return self.tokens / max(self.until_s - self.from_s, 1e-9)
-
-    @property
-    def hops_mean(self) -> float:
-        return self.hops / max(self.tokens, 1)
 
 
 class _Session:

@@ -2,8 +2,8 @@
 
 Rules
 - Each delivered frame of a session is checked for its way; each order, for what it asks; each answer, when it ends.
-- A device is looked at in the next `LOOK_S` after anything reached it; everybody is looked at every `SWEEP_S`. Who leads
-  is looked at every `LOOK_S` and at each order.
+- A device is looked at in the next `LOOK_S` after anything reached it; everybody is looked at every `SWEEP_S`. Leaders
+  are looked at every `LOOK_S` and at each order.
 - A violation is noted once for each invariant and subject, and `VIOLATIONS_MAX` in all.
 """
 

@@ -23,7 +23,7 @@ PIECE: Final = b"a piece of a model file, whose size is charged by the network a
 
 
 class SimulatedDisk(Store):
-    """A store that holds names. `pieces_of` tells in how many pieces a file travels; with 0 it is there when asked for."""
+    """A store that holds names. `pieces_of`: in how many pieces a file travels; with 0 it is there when asked for."""
 
     def __init__(self, pieces_of: Callable[[Digest], int]) -> None:
         self.pieces_of = pieces_of

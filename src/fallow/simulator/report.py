@@ -20,10 +20,9 @@ from typing import Any, Final
 
 import jinja2
 import msgspec
-from markupsafe import Markup
 
 from fallow.domain.errors import ConfigError
-from fallow.simulator.report_charts import CHARTS, MARKS_DRAWN_MAX, figure
+from fallow.simulator.report_charts import CHARTS, MARKS_DRAWN_MAX, begins_s, figure
 from fallow.simulator.report_story import MODE_WORDS, label_of, story
 from fallow.simulator.report_words import NOTHING, clock, count, day, optional_span, share, size, span_of
 from fallow.simulator.results import Mode, RunResult
@@ -50,7 +49,8 @@ class Panel(msgspec.Struct, frozen=True):
     title: str
     reading: str
     label: str
-    data: Markup
+    data: str
+    """JSON in which no tag can begin or end; the template writes it as it is."""
 
 
 class Section(msgspec.Struct, frozen=True):
@@ -78,7 +78,7 @@ def render(results: Sequence[RunResult]) -> str:
         raise ConfigError(f"a report shows 1 to {RUNS_MAX} runs, not {len(results)}")
     go, plotly_js = _plotly()
     sections = _sections(results, go)
-    scripts = [Markup(text.replace("\r", "")) for text in (plotly_js, _own("report.js"))]
+    scripts = [text.replace("\r", "") for text in (plotly_js, _own("report.js"))]
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     return environment.from_string(_own("report_page.html")).render(
         heading=results[0].title if len(sections) == 1 else "The fleet, simulated",
@@ -86,7 +86,7 @@ def render(results: Sequence[RunResult]) -> str:
         broken=[run for section in sections for run in section.runs if run.result.violations],
         violations_shown_max=VIOLATIONS_SHOWN_MAX,
         overview=_overview(sections) if len(results) > 1 else (),
-        style=Markup(_own("report.css")),
+        style=_own("report.css"),
         scripts=scripts,
         policy=_policy(scripts),
         when=lambda run, at_s: _when(run.result, at_s),
@@ -118,8 +118,8 @@ def _policy(scripts: Sequence[str]) -> str:
 
 def replay_command(result: RunResult) -> str:
     """What makes this run again."""
-    fast = " --fast" if result.mode is Mode.FAST else ""
-    return f"fallow sim run {shlex.quote(result.scenario)}{fast} --devices {result.devices} --seed {result.seed}"
+    words = ["fallow", "sim", "run", result.scenario, "--mode", str(result.mode), "--devices", str(result.devices)]
+    return shlex.join([*words, "--hours", f"{result.simulated_s / 3600:g}", "--seed", str(result.seed)])
 
 
 # --- sections -------------------------------------------------------------------------------------
@@ -147,11 +147,11 @@ def _section(anchor: str, results: Sequence[RunResult], go: Any) -> Section:
     return Section(anchor, first.title, first.about, runs, _table(results), tuple(rows))
 
 
-def _embedded(text: str) -> Markup:
+def _embedded(text: str) -> str:
     """JSON inside a script element: no tag can begin or end in it."""
     for character, escape in (("<", "\\u003c"), (">", "\\u003e"), ("&", "\\u0026")):
         text = text.replace(character, escape)
-    return Markup(text)
+    return text
 
 
 def _run(result: RunResult) -> Run:
@@ -191,7 +191,7 @@ def _tiles(result: RunResult) -> tuple[tuple[str, str], ...]:
 _FIGURES: Final[tuple[tuple[str, Callable[[RunResult], str]], ...]] = (
     ("Mode", lambda r: f"{r.mode} ({MODE_WORDS[r.mode]})"),
     ("Devices, cells", lambda r: f"{r.devices:,}, {r.cells:,}"),
-    ("Simulated", lambda r: f"{span_of(r.simulated_s)} from {_when(r, 0)}"),
+    ("Simulated", lambda r: f"{span_of(r.simulated_s)} from {_when(r, begins_s(r))}"),
     ("Sessions asked for", lambda r: f"{r.totals.sessions_started:,}"),
     ("Finished", lambda r: f"{r.totals.sessions_finished:,}"),
     ("Refused", lambda r: f"{r.totals.sessions_refused:,}"),

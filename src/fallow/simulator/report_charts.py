@@ -181,7 +181,7 @@ def _faint(colour: str) -> str:
 
 
 def _layout(chart: Chart, result: RunResult, drawn: list[tuple[Curve, Any]]) -> dict[str, Any]:
-    ticks = _ticks(result)
+    ticks, begin_h = _ticks(result), begins_s(result) / 3600
     return {
         "template": "none",
         "height": 230,
@@ -197,7 +197,7 @@ def _layout(chart: Chart, result: RunResult, drawn: list[tuple[Curve, Any]]) -> 
         "xaxis": {
             "tickvals": [at for at, _ in ticks],
             "ticktext": [text for _, text in ticks],
-            "range": [0, result.simulated_s / 3600],
+            "range": [begin_h, begin_h + result.simulated_s / 3600],
             "fixedrange": True,
             "showgrid": False,
             "zeroline": False,
@@ -222,9 +222,15 @@ def _vertical(chart: Chart, drawn: list[tuple[Curve, Any]]) -> dict[str, Any]:
     return {"range": [0, top], "exponentformat": "SI", "ticksuffix": "s" if chart.latency else ""}
 
 
+def begins_s(result: RunResult) -> float:
+    """When the simulated part begins, in the scenario's seconds: the detailed mode may start late in it."""
+    return result.samples[0].at_s if result.samples else 0.0
+
+
 def _ticks(result: RunResult) -> list[tuple[float, str]]:
-    """Where the clock shows a round time, in hours since the start, and what it says there: the day at midnight."""
-    hours, start = result.simulated_s / 3600, math.fmod(result.start_hour_of_week, 168)
+    """Where the clock shows a round time, in hours of the scenario, and what it says there: the day at midnight."""
+    hours, begin_h = result.simulated_s / 3600, begins_s(result) / 3600
+    start = math.fmod(result.start_hour_of_week + begin_h, 168)
     step = next((step for step in TICK_STEPS_H if hours <= step * (TICKS_MAX - 1)), hours / (TICKS_MAX - 1))
     if not math.isfinite(step) or step <= 0:
         return []
@@ -234,22 +240,24 @@ def _ticks(result: RunResult) -> list[tuple[float, str]]:
         at = (first + index) * step
         if at - start <= hours * (1 + 1e-9):
             midnight = clock(at) == "00:00"
-            ticks.append((at - start, day(at) if midnight else clock(at)))
+            ticks.append((at - start + begin_h, day(at) if midnight else clock(at)))
     return ticks
 
 
 def _mark(built: Any, result: RunResult) -> None:
     """Shade what was scripted. Numbers stand above the plot; the page lists what they mean."""
     shapes, notes = [], []
-    end_h = result.simulated_s / 3600
+    begin_h = begins_s(result) / 3600
+    end_h = begin_h + result.simulated_s / 3600
     for number, mark in enumerate(result.marks[:MARKS_DRAWN_MAX], start=1):
-        first, last = mark.at_s / 3600, min(max(mark.until_s, mark.at_s) / 3600, end_h)
-        if not 0 <= first <= end_h:
+        first, last = max(mark.at_s / 3600, begin_h), min(max(mark.until_s, mark.at_s) / 3600, end_h)
+        if not first <= min(last, end_h):
             continue
         shapes.append(
             {
-                "type": "rect", "xref": "x", "yref": "paper", "x0": first, "x1": max(last, first + end_h / 400),
-                "y0": 0, "y1": 1, "fillcolor": "rgba(217,70,63,0.12)", "line": {"width": 0}, "layer": "below",
+                "type": "rect", "xref": "x", "yref": "paper", "x0": first,
+                "x1": max(last, first + (end_h - begin_h) / 400), "y0": 0, "y1": 1, "fillcolor": "rgba(217,70,63,0.12)",
+                "line": {"width": 0}, "layer": "below",
             }
         )  # fmt: skip
         notes.append(

@@ -79,7 +79,7 @@ def share(value: float) -> str:
     if value in (0, 1) or not math.isfinite(value):
         return f"{value * 100:g} %"
     edge = min(abs(value), abs(1 - value)) * 100
-    digits = 0 if edge >= 10 else 1 if edge >= 1 else min(6, 1 - math.floor(math.log10(edge)))
+    digits = 0 if edge >= 10 else 1 if edge >= 1 else min(8, -math.floor(math.log10(edge)))
     return f"{value * 100:.{digits}f} %"
 
 
@@ -103,7 +103,7 @@ def day(hour_of_week: float) -> str:
     """The day, `Mon`."""
     if not math.isfinite(hour_of_week):
         return "?"
-    return DAYS[int(math.floor(math.fmod(hour_of_week + 1 / 120, HOURS_A_WEEK) / 24)) % 7]
+    return DAYS[math.floor(math.fmod(hour_of_week + 1 / 120, HOURS_A_WEEK) / 24) % 7]
 
 
 def optional_span(seconds: float | None) -> str:

@@ -101,7 +101,8 @@ def test_an_older_nodes_heartbeat_passes_without_the_newer_fields() -> None:
         (outlook(survival=[0.9, 0.8, 0.7, 0.6, -0.1]), "falls"),
         (outlook(expected_s=-1.0), "expected_s"),
         (outlook(expected_s=OUTLOOK_HORIZONS_S[-1] * 2), "expected_s"),
-        (changed(link_rtt_s={"x" * 100_000: 0.1}), "a link's node id"),
+        (changed(link_rtt_s={"x" * 10_000: 0.1}), "a link's node id"),
+        (changed(link_rtt_s={"x" * 100_000: 0.1}), "a heartbeat of up to 65536 bytes"),
         (changed(link_rtt_s={NODE: -0.1}), "round trip"),
         (changed(memory_bytes=1 << 62), "memory_bytes"),
         (changed(kv_budget_bytes=9 << 30), "kv_budget_bytes"),
@@ -145,3 +146,10 @@ def test_a_field_of_any_other_kind_is_refused_or_harmless(data: st.DataObject) -
     assert beat.node == NODE
     assert 0 <= beat.kv_budget_bytes <= beat.memory_bytes <= checks.MEMORY_MAX_BYTES
     assert 0 <= beat.tokens_per_s <= checks.ROWS_PER_S_MAX
+
+
+def test_announcements_and_reports_that_would_fill_a_status_are_refused_by_name() -> None:
+    with pytest.raises(BusMessageError, match="announcement of up to"):
+        checks.store_announced(b" " * (checks.STORE_MAX_BYTES + 1))
+    with pytest.raises(BusMessageError, match="report of up to"):
+        checks.gateway_report(b" " * (checks.GATEWAY_MAX_BYTES + 1))

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from fallow.coordinator import registry
 from fallow.coordinator.registry import Fleet
+from fallow.domain.errors import BusMessageError
 from fallow.domain.fleet import (
     GatewayReport,
     Heartbeat,
@@ -173,9 +174,37 @@ def test_of_two_models_of_one_name_the_first_stores_counts_and_stores_are_bounde
     assert not fleet.announce(store(entry(MODELS[0], name="same")), 1.0)
     assert fleet.announce(store(entry(MODELS[1], name="same"), node=NODES[0]), 2.0)
     assert list(fleet.entries()) == [MODELS[0]]
-    for index in range(2 * registry.STORES_MAX):
-        fleet.announce(store(node=NodeId(f"{index + 100:064x}")), 3.0)
+    strangers = [store(node=NodeId(f"{index + 100:064x}")) for index in range(registry.STORES_MAX)]
+    for stranger in strangers[: registry.STORES_MAX - 2]:
+        fleet.announce(stranger, 3.0)
+    with pytest.raises(BusMessageError, match="stores"):
+        fleet.announce(strangers[-1], 3.0)
     assert len(fleet.stores) == registry.STORES_MAX
+
+
+def test_a_later_store_cannot_replace_a_model_under_another_name() -> None:
+    fleet = Fleet()
+    fleet.announce(store(entry(MODELS[0], name="first")), 0.0)
+    fleet.announce(store(entry(MODELS[0], layer_count=8, name="second"), node=NODES[0]), 1.0)
+    assert fleet.entries() == {MODELS[0]: entry(MODELS[0], name="first")}
+
+
+def test_a_store_that_was_not_heard_for_long_gives_way_to_a_new_one() -> None:
+    fleet = Fleet()
+    for index in range(registry.STORES_MAX):
+        fleet.announce(store(node=NodeId(f"{index + 100:064x}")), float(index))
+    with pytest.raises(BusMessageError):
+        fleet.announce(store(entry(MODELS[0])), registry.STORE_FORGOTTEN_S)
+    assert fleet.announce(store(entry(MODELS[0])), registry.STORE_FORGOTTEN_S + 0.5)
+    assert NodeId(f"{100:064x}") not in fleet.stores and len(fleet.stores) == registry.STORES_MAX
+    assert list(fleet.entries()) == [MODELS[0]]
+
+
+def test_pieces_that_end_elsewhere_than_at_cut_points_carry_nothing() -> None:
+    heartbeat = beat(NODES[0], 1, ready(MODELS[0], *(Span(at, at + 1) for at in range(36))))
+    assert registry.carrier_of(heartbeat, MODELS[0], 36) is None
+    heartbeat = beat(NODES[0], 1, ready(MODELS[0], Span(0, 3), Span(3, 36)))
+    assert registry.carrier_of(heartbeat, MODELS[0], 36) is not None
 
 
 def test_silent_gateways_are_forgotten_and_gateways_are_bounded() -> None:

@@ -9,7 +9,7 @@ import pytest
 from fallow.gateway.admission import Admission
 from fallow.gateway.metrics import GatewayMetrics
 from fallow.gateway.problems import Problem
-from fallow.policy.admission import AdmissionRules
+from fallow.policy.admission import AdmissionRules, Places
 from fallow.simulator.virtual_time import LoopClock, run_virtual
 
 
@@ -139,7 +139,7 @@ def test_slow_tokens_take_places_away_and_quick_ones_give_them_back() -> None:
         seen = []
         running = [spawn(answer(here, "a", 1000.0)) for _ in range(8)]
         for gap_s in (0.02, 0.5, 0.02):
-            for _ in range(4):
+            for _ in range(20):
                 await asyncio.sleep(rules.window_s)
                 for _ in range(rules.samples_min + 1):
                     here.next_token(gap_s)
@@ -151,8 +151,8 @@ def test_slow_tokens_take_places_away_and_quick_ones_give_them_back() -> None:
 
     quick, slow, again = run_virtual(scenario())
     assert quick == 8
-    assert slow <= 2
-    assert again > slow
+    assert slow == 7, "a little less than runs; as answers do not end, it goes no lower"
+    assert again == 8
 
 
 def test_lack_of_room_bounds_the_places_until_they_grow_again() -> None:
@@ -166,6 +166,27 @@ def test_lack_of_room_bounds_the_places_until_they_grow_again() -> None:
         return bounded, here.running
 
     assert run_virtual(scenario()) == (1, 0)
+
+
+@pytest.mark.parametrize("count", [1, 8])
+def test_a_request_that_is_too_large_for_an_idle_fleet_takes_no_places_away(count: int) -> None:
+    async def scenario() -> tuple[Places, Places, int]:
+        here = Admission(AdmissionRules(places_first=30), LoopClock(), GatewayMetrics())
+        before = here.places
+        async with here.place("large", count, 10):
+            here.no_room(count)
+        alone = here.places
+        other = spawn(answer(here, "small", 1.0))
+        await asyncio.sleep(0)
+        async with here.place("large", count, 10):
+            here.no_room(count)
+        bounded = here.places.whole
+        await other
+        return before, alone, bounded
+
+    before, alone, bounded = run_virtual(scenario())
+    assert alone == before
+    assert bounded == 1, "what ran beside it"
 
 
 def test_waiting_and_places_are_measured() -> None:

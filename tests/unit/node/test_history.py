@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 
 import msgspec
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -200,6 +201,45 @@ def test_a_declared_departure_is_in_the_outlook_and_its_keeping_is_counted() -> 
     kept.begin()
     live(kept, clock, 7.0)  # past the next departure
     assert kept.counts.departures[0] == pytest.approx([1.0, 1.0], abs=0.05)
+
+
+def outlooks(departs: list[str], begins_h: float, hours: list[float]) -> list[list[float]]:
+    """Survival and expected hours of a device without history that came at `begins_h`, at some hours of the week."""
+    clock = Clock()
+    clock.now_s += begins_h * HOUR_S
+    kept = begun(None, clock, Declared(departures=parse_departures("node.departs", departs)))
+    found = []
+    for hour in hours:
+        clock.now_s = MONDAY_UNIX_S + hour * HOUR_S
+        found.append([*kept.outlook().survival, kept.outlook().expected_s / HOUR_S])
+    return found
+
+
+def test_a_device_is_not_surest_just_after_it_should_have_gone() -> None:
+    before, after, late = outlooks(["daily 07:45"], 1.73, [7.73, 7.77, 9.5])
+    assert after[:5] == pytest.approx(before[:5], abs=0.05)
+    assert after[4] < 0.2
+    assert after[5] < 3.0
+    usual = outlooks([], 1.73, [9.5])[0]
+    assert late == pytest.approx(usual, abs=0.01), "it has not gone: the word is over"
+
+
+def test_a_departure_next_monday_says_nothing_of_this_week() -> None:
+    hours = [10.0, 30.0, 80.0, 140.0, 154.0]
+    for told, usual in zip(outlooks(["mon 07:45"], 9.0, hours), outlooks([], 9.0, hours), strict=True):
+        assert told == pytest.approx(usual, abs=0.001)
+
+
+def test_a_departure_before_the_stay_began_is_over() -> None:
+    assert outlooks(["mon 07:45"], 7.8, [7.9]) == outlooks([], 7.8, [7.9])
+
+
+def test_no_outlook_jumps_as_declared_departures_come_and_pass() -> None:
+    hours = [20.0 + minute / 30 for minute in range(30 * 48)]
+    found = np.array(outlooks(["daily 07:45", "tue 12:30"], 19.0, hours))
+    share_steps = np.abs(np.diff(found[:, :5], axis=0)).max()
+    assert share_steps < 0.12, "two minutes; a departure is kept to some 12"
+    assert np.abs(np.diff(found[:, 5])).max() < 0.8
 
 
 def test_an_outlook_is_worked_out_once_a_minute() -> None:

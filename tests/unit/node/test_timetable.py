@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from fallow.domain.errors import ConfigError
 from fallow.node.timetable import (
     DAYS,
-    next_departure_h,
+    departures_in_h,
     parse_departures,
     parse_windows,
     window_shares,
@@ -48,7 +48,7 @@ def test_overlapping_windows_count_once() -> None:
 
 def test_nothing_declared_is_nothing_known() -> None:
     assert window_shares(()) is None
-    assert next_departure_h((), 5.0) == float("inf")
+    assert departures_in_h((), 5.0) == []
 
 
 @pytest.mark.parametrize(
@@ -70,8 +70,11 @@ def test_too_many_entries_are_refused() -> None:
 def test_departures() -> None:
     departures = parse_departures("node.departs", ["mon-fri 07:45", "sun 24:00"])
     assert departures == (0.0, 7.75, 31.75, 55.75, 79.75, 103.75)
-    assert next_departure_h(departures, 7.0) == 0.75
-    assert next_departure_h(departures, 104.0) == 64.0
+    assert departures_in_h(departures, 7.0) == [0.75]
+    assert departures_in_h(departures, 8.0) == [-0.25]
+    assert departures_in_h(departures, 160.0) == [8.0]
+    assert departures_in_h(departures, 1.0) == [-1.0, 6.75]
+    assert departures_in_h(departures, 12.0) == [], "tomorrow's says nothing of today, and this morning's is over"
     with pytest.raises(ConfigError, match=r"node\.departs"):
         parse_departures("node.departs", ["mon-fri 07:45-08:00"])
 

@@ -290,6 +290,22 @@ def test_no_room_on_the_devices_bounds_the_places() -> None:
     assert places.count == 39.0
 
 
+def test_no_room_for_the_only_one_says_nothing_of_the_places() -> None:
+    quiet = Places(count=30.0, idle_gap_s=0.02)
+    assert adapted(quiet, Window(gap_s=None, running_most=1, no_room=True), RULES) == quiet
+
+
+def test_after_no_room_on_a_quiet_gateway_places_are_soon_back() -> None:
+    places = Places(count=30.0, idle_gap_s=0.02, gap_s=0.02)
+    places = adapted(places, Window(gap_s=None, running_most=2, no_room=True, running_then=1), RULES)
+    assert not places.was_full
+    for _ in range(8):
+        places = adapted(places, Window(gap_s=0.02, running_most=places.whole), RULES)
+    assert places.count >= 30.0
+    full = Window(gap_s=None, running_most=30, no_room=True, running_then=28)
+    assert adapted(Places(count=30.0), full, RULES).was_full
+
+
 def test_the_idle_gap_is_learned_anew_when_few_run() -> None:
     places = Places(count=16.0, idle_gap_s=0.01)
     busy = adapted(places, Window(gap_s=0.03, running_most=16), RULES)

@@ -1,5 +1,6 @@
 """Outlooks: what must hold for any history, and what a history of a known kind must teach."""
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -231,6 +232,53 @@ def test_a_declared_departure_is_a_near_certain_end() -> None:
 def test_a_departure_that_has_passed_is_no_longer_believed() -> None:
     rates = fit(no_history(1))
     assert survives(rates, present(24.0, 2.0, -3.0)) == pytest.approx(survives(rates, present(24.0, 2.0)), abs=0.01)
+
+
+@pytest.mark.parametrize("departs_in_h", [-30.0, -2.0, 13.0, 20.0, 160.0])
+def test_a_departure_long_past_or_far_ahead_changes_nothing(departs_in_h: float) -> None:
+    rates, now = fit(no_history(1)), present(24.0, 40.0, departs_in_h)
+    usual, usual_h = survival(rates, present(24.0, 40.0))
+    found, stays_h = survival(rates, now)
+    assert np.allclose(found, usual, atol=1e-3)
+    assert np.allclose(stays_h, usual_h, rtol=1e-3)
+    table, group = tabulate(rates), np.zeros(1, dtype=np.int64)
+    looked, looked_h = looked_up(table, group, 24.0, now.age_h, now.departs_in_h)
+    assert np.allclose(looked, looked_up(table, group, 24.0, now.age_h, np.array([INF]))[0], atol=1e-3)
+    assert np.allclose(looked_h, stays_h, rtol=0.05)
+
+
+def test_neither_rates_nor_table_jump_while_a_departure_comes_and_passes() -> None:
+    departs = np.arange(16.0, -6.0, -1 / 60)
+    rates, group = fit(no_history(1)), np.zeros(len(departs), dtype=np.int64)
+    age_h = np.full(len(departs), 20.0)
+    now = Present(
+        hour_of_week=np.full(len(departs), 30.0),
+        age_h=age_h,
+        departs_in_h=departs,
+        on_battery=np.zeros(len(departs), dtype=bool),
+    )
+    exact, table = survival(rates_of(rates, group), now), looked_up(tabulate(rates), group, 30.0, age_h, departs)
+    for alive, stays_h in (exact, table):
+        assert np.abs(np.diff(alive, axis=0)).max() < 0.06, "in a minute"
+        assert np.abs(np.diff(stays_h)).max() < 0.4
+    assert np.abs(exact[1] - table[1]).max() < 0.7
+
+
+def test_several_departures_end_a_stay_at_the_first_that_is_kept() -> None:
+    rates = fit(no_history(1))
+    now = present(24.0, 30.0)
+    both = survival(rates, msgspec.structs.replace(now, departs_in_h=np.array([[3.0, -0.5, 30.0]])))[0][0]
+    first = survival(rates, present(24.0, 30.0, -0.5))[0][0]
+    second = survival(rates, present(24.0, 30.0, 3.0))[0][0]
+    assert both[3] < min(first[3], second[3])
+    assert both[0] < second[0], "the overdue one may be about to come true"
+    none = survival(rates, msgspec.structs.replace(now, departs_in_h=np.zeros((1, 0))))[0]
+    assert np.array_equal(none, survival(rates, now)[0])
+
+
+def test_a_departure_before_the_stay_began_says_nothing() -> None:
+    rates = fit(no_history(1))
+    assert survives(rates, present(24.0, 0.1, -0.2)) == survives(rates, present(24.0, 0.1))
 
 
 def test_an_owner_who_breaks_his_word_is_believed_less() -> None:

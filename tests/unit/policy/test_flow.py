@@ -37,7 +37,7 @@ def spans_drawn(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray, np.ndarray, np
     return first.astype(int), last.astype(int), rate.astype(float), weights
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(drawn=spans_drawn())
 def test_spans_serve_what_the_linear_programme_serves(drawn: tuple[np.ndarray, ...]) -> None:
     first, last, rate, weights = drawn
@@ -50,7 +50,7 @@ def test_spans_serve_what_the_linear_programme_serves(drawn: tuple[np.ndarray, .
     np.testing.assert_allclose(touching / weights[found.bottleneck].sum(), expected, rtol=1e-6, atol=1e-7)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(data=st.data(), parts=PARTS)
 def test_any_sets_serve_what_the_linear_programme_serves(data: st.DataObject, parts: int) -> None:
     row = st.tuples(st.lists(st.booleans(), min_size=parts, max_size=parts), RATES)

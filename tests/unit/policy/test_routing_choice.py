@@ -36,7 +36,7 @@ def draws(weights: Weights, carriers: dict[NodeId, Carrier], count: int) -> Coun
     return found
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(carriers=cells(), exclude=st.sets(st.integers(0, 8), max_size=3), seed=st.integers(0, 1000))
 def test_chosen_chains_are_lawful_and_the_same_for_the_same_draws(
     carriers: dict[NodeId, Carrier], exclude: set[int], seed: int
@@ -60,7 +60,7 @@ def test_chosen_chains_are_lawful_and_the_same_for_the_same_draws(
             check_lawful(RouteReply(hops=hops), carriers, asked)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(carriers=cells(), promised=st.integers(0, 10**6))
 def test_what_is_promised_counts_against_the_room(carriers: dict[NodeId, Carrier], promised: int) -> None:
     weights = weigh(SHAPE, tuple(carriers.values()), RULES)

@@ -44,7 +44,7 @@ def work_of(flow: HopFlow) -> np.ndarray:
     return np.asarray(done[flow.end] - done[flow.start])
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(drawn=kinds_drawn(), load=st.sampled_from([0.3, 0.8, 0.97]))
 def test_the_flow_is_feasible_and_no_other_has_fewer_hops(drawn: tuple[list[Kind], float], load: float) -> None:
     kinds, most = drawn

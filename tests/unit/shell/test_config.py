@@ -133,6 +133,11 @@ def test_another_process_gets_the_same_settings(flags: dict[str, Any]) -> None:
         assert value_of(there, name) == value_of(here, name)
 
 
+def test_every_default_reaches_another_process_unchanged(folder: Path) -> None:
+    config = load({}, NOWHERE, folder=folder).config
+    assert load({}, as_environment(config), folder=folder).config == config
+
+
 def test_what_an_owner_declares_reaches_another_process_unchanged(folder: Path) -> None:
     write(folder, "[node]\nregion = 'north'\navailable = ['mon-fri 18:00-08:00', 'sat,sun 00:00-24:00']\n")
     config = load({}, NOWHERE, folder=folder).config
