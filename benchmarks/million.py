@@ -6,7 +6,7 @@ through both modes: a table of differences, and the tolerances that `tests/simul
 holds.
 
     python benchmarks/million.py --out results/          # JSON for each scenario, and report.html
-    python benchmarks/million.py --devices 100000 --only home-evenings
+    python benchmarks/million.py --devices 100000 --only home-evenings --times 60
     python benchmarks/million.py --validate
 """
 
@@ -15,6 +15,8 @@ import resource
 import sys
 import time
 from pathlib import Path
+
+import msgspec
 
 from fallow.simulator import shipped
 from fallow.simulator.fast import run_fast
@@ -83,18 +85,25 @@ def seconds(value: float | None) -> str:
     return "     -" if value is None else f"{value:6.2f}"
 
 
-def full_size(names: list[str], devices: int, seed: int, processes: int, out: Path) -> bool:
+def asked_more(scenario: Scenario, times: float) -> Scenario:
+    """The scenario with so many times its traffic."""
+    rate = times * scenario.traffic.sessions_per_hour_per_device
+    traffic = msgspec.structs.replace(scenario.traffic, sessions_per_hour_per_device=rate)
+    return msgspec.structs.replace(scenario, traffic=traffic)
+
+
+def full_size(names: list[str], devices: int, times: float, seed: int, processes: int, out: Path) -> bool:
     """Run scenarios at full size. Whether each took no more than its share of ten minutes for a day."""
     results: list[RunResult] = []
     in_time = True
-    print(f"{devices:,} devices, seed {seed}, {processes} processes")
+    print(f"{devices:,} devices, {times:g} times the traffic, seed {seed}, {processes} processes")
     print(
         "scenario             hours  success    refused    util   first p50/p99 s   token p50/p99 s  wall s   cpu s"
         "  min/day"
     )
     for name in names:
         before = cpu_s()
-        result = run_fast(shipped.scenario(name), seed, devices, processes=processes)
+        result = run_fast(asked_more(shipped.scenario(name), times), seed, devices, processes=processes)
         spent = cpu_s() - before
         totals = result.totals
         days = result.simulated_s / 86400
@@ -163,6 +172,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--devices", type=int, default=1_000_000)
     parser.add_argument("--only", action="append", help="a scenario; may be repeated")
+    parser.add_argument("--times", type=float, default=1.0, help="ask so many times as much as the scenario says")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--seeds", type=int, default=1, help="of a validation")
     parser.add_argument("--processes", type=int, default=2)
@@ -173,7 +183,8 @@ def main() -> None:
     if chosen.validate:
         validate(chosen.case or list(CASES), list(range(1, chosen.seeds + 1)), chosen.out)
         return
-    if not full_size(chosen.only or list(shipped.names()), chosen.devices, chosen.seed, chosen.processes, chosen.out):
+    names = chosen.only or list(shipped.names())
+    if not full_size(names, chosen.devices, chosen.times, chosen.seed, chosen.processes, chosen.out):
         sys.exit(1)
 
 

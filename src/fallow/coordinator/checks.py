@@ -61,6 +61,11 @@ DEVICES_MAX = 1_000_000
 LOAD_MAX = 1e6
 SOURCES_MAX = 16
 DIGEST_MAX_BYTES = 256 << 10
+HEARTBEAT_MAX_BYTES = 64 << 10
+"""Twice what 256 links and a full shelf take."""
+STORE_MAX_BYTES = 512 << 10
+"""All catalogues together, and what else a status tells, are cut to a bus message (`answers.py`)."""
+GATEWAY_MAX_BYTES = 512 << 10
 ID_CHARS = 64
 IDS_KEPT_MAX = 65_536
 KINDS_MAX = 32
@@ -88,6 +93,7 @@ def _decoder(kind: type) -> msgspec.json.Decoder[Any]:
 
 def heartbeat(subject: str, message: bytes) -> Heartbeat:
     """A heartbeat that came on `subject`, which names its sender."""
+    _size("a heartbeat", message, HEARTBEAT_MAX_BYTES)
     beat = decode(message, Heartbeat)
     _id("a node id", beat.node)
     if subject.split(".")[-2:-1] != [beat.node]:
@@ -194,8 +200,7 @@ def _route_request(request: RouteRequest) -> RouteRequest:
 
 def cell_digest(subject: str, message: bytes) -> CellDigest:
     """A digest that came on `subject`, which names its cell."""
-    if len(message) > DIGEST_MAX_BYTES:
-        raise _refusal(f"a digest of up to {DIGEST_MAX_BYTES} bytes", f"{len(message)}")
+    _size("a digest", message, DIGEST_MAX_BYTES)
     digest = decode(message, CellDigest)
     _cell(digest.cell)
     if subject != digests(digest.cell):
@@ -273,6 +278,7 @@ def _cell(cell: str) -> None:
 
 def store_announced(message: bytes) -> StoreAnnounced:
     """A store's announcement."""
+    _size("a store's announcement", message, STORE_MAX_BYTES)
     announced = decode(message, StoreAnnounced)
     _address(announced.address)
     _number("the number of models", len(announced.models), 0, MODELS_MAX)
@@ -298,6 +304,7 @@ def _entry(entry: ModelEntry) -> None:
 
 def gateway_report(message: bytes) -> GatewayReport:
     """A gateway's figures."""
+    _size("a gateway's report", message, GATEWAY_MAX_BYTES)
     report = decode(message, GatewayReport)
     _id("a gateway id", report.gateway)
     _text("a url", report.url, TEXT_MAX_CHARS)
@@ -305,6 +312,11 @@ def gateway_report(message: bytes) -> GatewayReport:
     _number("tokens_per_s", report.tokens_per_s, 0, ROWS_PER_S_MAX)
     _number("the number of chains", len(report.chains), 0, SESSIONS_MAX)
     return report
+
+
+def _size(what: str, message: bytes, bytes_max: int) -> None:
+    if len(message) > bytes_max:
+        raise _refusal(f"{what} of up to {bytes_max} bytes", f"{len(message)}")
 
 
 def _address(address: PeerAddress) -> None:

@@ -16,7 +16,7 @@ from typing import Final, Protocol
 import msgspec
 
 from fallow.domain.clock import Clock
-from fallow.domain.errors import FabricError
+from fallow.domain.errors import BusMessageError, FabricError
 from fallow.fabric.contract import LeaseEntry, LeaseKey, Subscription
 from fallow.policy import leadership as policy
 from fallow.policy.leadership import Candidate, LeaseRules, Read, Standing, Wait, Write
@@ -25,6 +25,9 @@ CONFIRM_TIMEOUT_S: Final = 1.0
 """How long a question waits for a leader whose connection has just been broken."""
 RELEASE_TIMEOUT_S: Final = 1.0
 NAME_MAX_CHARS: Final = 128
+EPOCH_JUMP_MAX: Final = 1 << 32
+"""How far above its key's revision an epoch may be that a leader believes in: a renewal each second for 136 years. The
+bus may have lost its store as often as it will; who claims more lies, and would use up the epochs."""
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +51,16 @@ class Authority(Protocol):
         ...
 
     @property
+    def ttl_s(self) -> float:
+        """How long a lease lasts; where there is none, how long it would."""
+        ...
+
+    @property
+    def epoch_max(self) -> int:
+        """The highest epoch that could be true."""
+        ...
+
+    @property
     def leading(self) -> int | None:
         """The epoch of the term that we believe in; acts ask `epoch` in addition."""
         ...
@@ -61,7 +74,8 @@ class Authority(Protocol):
         ...
 
     def outranked(self, epoch: int) -> None:
-        """Somebody has heard of that epoch. Never below its own, a leader steps down."""
+        """Somebody who is believed has heard of that epoch: a leader with a lower one steps down. More than `epoch_max`
+        is not believed."""
         ...
 
     def disconnected(self, holder: str) -> None:
@@ -87,6 +101,8 @@ class SoleAuthority:
         self._risen = asyncio.Event()
 
     by_lease = False
+    ttl_s = LeaseRules().ttl_s
+    epoch_max = EPOCH_JUMP_MAX
 
     @property
     def leading(self) -> int | None:
@@ -99,8 +115,8 @@ class SoleAuthority:
         return self.epoch()
 
     def outranked(self, epoch: int) -> None:
-        if epoch > self._leading:
-            self._leading = min(epoch + 1, policy.EPOCH_MAX)
+        if self._leading < epoch <= self.epoch_max:
+            self._leading = epoch + 1
             self._risen.set()
 
     def disconnected(self, holder: str) -> None:
@@ -139,6 +155,15 @@ class Leadership:
     by_lease = True
 
     @property
+    def ttl_s(self) -> float:
+        return self._rules.ttl_s
+
+    @property
+    def epoch_max(self) -> int:
+        standing = self._candidate.term or self._candidate.seen
+        return (standing.revision if standing is not None else 0) + EPOCH_JUMP_MAX
+
+    @property
     def leading(self) -> int | None:
         return self._leading
 
@@ -162,6 +187,9 @@ class Leadership:
             await self._next_turn()
 
     def outranked(self, epoch: int) -> None:
+        if epoch > self.epoch_max:
+            log.warning("%s: epoch %d is more than the lease allows", BusMessageError.code, epoch)
+            return
         self._now(policy.after_refusal(self._candidate, epoch))
         self._awake.set()
 

@@ -232,12 +232,18 @@ class Neighbours:
                 return repaired
         own = self._own.get(request.model)
         if own is not None and cells.overloaded(own, self._rules) and not request.keep:
-            return await self._chain_elsewhere(request, layer_count) or self._route(request)
-        here = self._route(request)
+            return await self._chain_elsewhere(request, layer_count) or self._chain_here(request)
+        here = self._chain_here(request)
         if here.hops:
-            self._given.pop(request.session, None)
             return here
         return await self._chain_elsewhere(request, layer_count) or here
+
+    def _chain_here(self, request: RouteRequest) -> RouteReply:
+        here = self._route(request)
+        if here.hops:
+            # Whoever gave the session its chain before does not repair this one.
+            self._given.pop(request.session, None)
+        return here
 
     async def _chain_elsewhere(self, request: RouteRequest, layer_count: int) -> RouteReply | None:
         # What is kept of the old chain is this cell's: the neighbour's is a whole one.

@@ -8,7 +8,8 @@ Rules
 - An order is sent until it is acknowledged, `ORDER_TRIES_MAX` times. A newer order for the same node and model replaces
   it. What came of it shows in heartbeats; nothing is remembered beyond `asked_valid_s`.
 - A node that failed to load a model is not asked again for `failure_retry_s`.
-- Every order carries the epoch of our term, and is sent only while it lasts. Who is told of a higher epoch steps down.
+- Every order carries the epoch of our term, and is sent only while it lasts. What devices say of higher epochs is
+  judged by `witnesses.py`; one that refuses for such gets no orders for a while.
 
 What goes where is decided in `policy/placement.py`, and in which order in `policy/placement_plan.py`.
 """
@@ -16,12 +17,14 @@ What goes where is decided in `policy/placement.py`, and in which order in `poli
 import asyncio
 import logging
 from collections.abc import Callable
+from itertools import islice
 
 import msgspec
 
 from fallow.coordinator import registry
 from fallow.coordinator.leadership import Authority
 from fallow.coordinator.registry import Fleet
+from fallow.coordinator.witnesses import Witnesses
 from fallow.domain.clock import Clock
 from fallow.domain.errors import FabricError
 from fallow.domain.fleet import Accepted, DropStage, Heartbeat, ModelEntry, NodeCommand, PlaceStage, Subjects
@@ -42,6 +45,10 @@ REST_FACTOR = 9.0
 """What a placement takes beyond `LONG_S` is followed by so many times as long a rest: with thousands of devices,
 placing must not take what heartbeats and routes need."""
 SOURCES_MAX = 16
+SOUNDED_MAX = 8
+"""Devices that are asked whether they have heard what one device claims."""
+NOBODYS_MODEL = Digest("0" * 64)
+"""To stop hosting it changes nothing."""
 
 _Asked = dict[Digest, tuple[StageSpec | None, float]]
 """What one node was ordered to host of each model, and when; not seen in a heartbeat yet."""
@@ -91,6 +98,7 @@ class Placer:
         self._changed = asyncio.Event()
         self._asked: dict[NodeId, _Asked] = {}
         self._failed_s: dict[tuple[NodeId, Digest], float] = {}
+        self._witnesses = Witnesses(authority, clock)
         self._orders: dict[tuple[NodeId, Digest], asyncio.Task[None]] = {}
         self._room = asyncio.Semaphore(ORDERS_AT_ONCE)
         self.unplaceable: dict[Digest, str] = {}
@@ -105,7 +113,10 @@ class Placer:
         self._due_s = max(due_s, self._started_s + self._membership.heartbeat_interval_s)
         self._changed.set()
 
-    def on_loss(self) -> None:
+    def on_loss(self, node: NodeId) -> None:
+        """A node is gone, or was started anew: what it was asked and what it said died with it."""
+        self._asked.pop(node, None)
+        self._witnesses.forget(node)
         self._due_in(0.0 if self._uncovered() else self._times.loss_settle_s)
 
     def on_change(self) -> None:
@@ -114,17 +125,27 @@ class Placer:
 
     def on_heartbeat(self, before: Heartbeat | None, after: Heartbeat) -> None:
         """Keep track of orders that were heard and of loads that failed."""
-        now_s = self._clock.monotonic_s()
         for model, (stage, _) in list(self._asked.get(after.node, {}).items()):
             if registry.asked_stage(after, model) == stage:
                 self._no_longer_asked(after.node, model)
         new_failures = registry.failed_models(after) - (registry.failed_models(before) if before else frozenset())
         for model in new_failures:
-            self._failed_s[after.node, model] = now_s
+            self._note_failure(after.node, model)
         if before is not None and (before.hosted, before.draining) != (after.hosted, after.draining):
             statuses = [[(item.stage, item.status) for item in beat.hosted] for beat in (before, after)]
             if statuses[0] != statuses[1] or before.draining != after.draining:
                 self.on_change()
+
+    def forget(self) -> None:
+        """Drop what is too old to count. To be called now and then, whether this coordinator leads or stands by."""
+        oldest_s = self._clock.monotonic_s() - self._times.failure_retry_s
+        self._failed_s = {key: at_s for key, at_s in self._failed_s.items() if at_s > oldest_s}
+        self._witnesses.prune()
+
+    def _note_failure(self, node: NodeId, model: Digest) -> None:
+        """Only of models that are placed: a device may claim to have failed with any digest."""
+        if model in self._fleet().entries():
+            self._failed_s[node, model] = self._clock.monotonic_s()
 
     def _due_in(self, delay_s: float) -> None:
         earliest_s = self._started_s + self._membership.heartbeat_interval_s
@@ -170,18 +191,16 @@ class Placer:
         now_s = self._clock.monotonic_s()
         fleet = self._fleet()
         entries = fleet.entries()
+        self.forget()
         if not entries:
             return
-        self._failed_s = {
-            key: at_s for key, at_s in self._failed_s.items() if now_s - at_s < self._times.failure_retry_s
-        }
         settled = [
             heartbeat
             for node, heartbeat in fleet.present().items()
             if not heartbeat.draining and not flapping(fleet.members[node], now_s, self._membership)
         ]
         lately = {node: dict(asked) for node, asked in self._asked.items()}
-        barred = frozenset(self._failed_s)
+        barred = frozenset(self._failed_s) | {(node, model) for node in self._witnesses.deaf() for model in entries}
         # In a thread: hundreds of devices take a tenth of a second, and routes must not wait for it.
         placement, moves = await asyncio.to_thread(self._work_out, settled, entries, lately, barred, now_s)
         if placement.unplaceable != self.unplaceable:
@@ -273,16 +292,23 @@ class Placer:
                 await self._clock.sleep(ORDER_TIMEOUT_S / 4)
                 continue
             if accepted.epoch is not None and accepted.epoch > command.epoch:
-                log.warning("node %s has heard of epoch %d; ours is %d", node[:8], accepted.epoch, command.epoch)
-                self._authority.outranked(accepted.epoch)
+                if self._witnesses.refused(node, accepted.epoch, self._fleet().present().keys()):
+                    self._sound_out()
+                self.on_change()
                 break
             if not accepted.ok:
                 log.warning("node %s refused to host %s: %s", node[:8], what, accepted.message)
-                self._failed_s[key] = self._clock.monotonic_s()
+                self._note_failure(*key)
                 self._no_longer_asked(*key)
                 self.on_change()
             return
         self._no_longer_asked(*key)
+
+    def _sound_out(self) -> None:
+        """Give some devices an order without effect, to learn whether they have heard of a higher epoch, too."""
+        deaf = self._witnesses.deaf()
+        for node in list(islice((node for node in self._fleet().present() if node not in deaf), SOUNDED_MAX)):
+            self._order(Move(node=node, model=NOBODYS_MODEL, stage=None), None)
 
     def _no_longer_asked(self, node: NodeId, model: Digest) -> None:
         asked = self._asked.get(node, {})

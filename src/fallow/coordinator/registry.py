@@ -11,10 +11,12 @@ Rules
 """
 
 from collections.abc import Mapping
+from functools import lru_cache
 from types import MappingProxyType
 
 import msgspec
 
+from fallow.domain.errors import BusMessageError
 from fallow.domain.fleet import (
     GatewayReport,
     Heartbeat,
@@ -27,7 +29,7 @@ from fallow.domain.fleet import (
 )
 from fallow.domain.frames import PeerAddress
 from fallow.domain.ids import Digest, NodeId
-from fallow.domain.model import Quantisation, StageSpec, held_bytes
+from fallow.domain.model import Quantisation, StageSpec, cut_points, held_bytes
 from fallow.policy import membership
 from fallow.policy.membership import Member, MembershipRules, Presence
 from fallow.policy.placement_inputs import ModelNeed, NodeRoom
@@ -39,7 +41,10 @@ GATEWAYS_MAX = 256
 GATEWAY_SILENCE_MAX_S = 10.0
 STORE_SILENCE_MAX_S = 15.0
 """Its models stay in the catalogue, because devices have them; but it is no longer the first to be asked for files."""
+STORE_FORGOTTEN_S = 600.0
+"""One that was not heard of for so long gives its place to a new one, where there is no other."""
 LAYER_UNKNOWN_S = 0.001
+EDGES_KEPT_MAX = 1024
 
 _NOBODY: Mapping[NodeId, Carrier] = MappingProxyType({})
 
@@ -122,7 +127,8 @@ class Fleet:
         return MappingProxyType(self._present)
 
     def entries(self) -> dict[Digest, ModelEntry]:
-        """The catalogue in its order. Of two models of one name, the first store's counts. Replaced when it changes."""
+        """The catalogue in its order. Of two models of one name or digest, the first store's counts. Replaced when it
+        changes."""
         return self._entries
 
     def carriers(self, model: Digest) -> Mapping[NodeId, Carrier]:
@@ -179,11 +185,15 @@ class Fleet:
             self.members[node] = msgspec.structs.replace(member, heard_s=member.heard_s + pause_s)
 
     def announce(self, announced: StoreAnnounced, now_s: float) -> bool:
-        """A store told what it serves. Whether that is other than before, or the store is new."""
+        """A store told what it serves. Whether that is other than before, or the store is new. Raises
+        `BusMessageError` when it is one too many."""
         node = announced.address.node
         before = self.stores.get(node)
         if before is None and len(self.stores) >= STORES_MAX:
-            return False
+            oldest = min(self.stores, key=lambda each: self.stores[each].heard_s)
+            if now_s - self.stores[oldest].heard_s <= STORE_FORGOTTEN_S:
+                raise BusMessageError(f"expected at most {STORES_MAX} stores, got one more: {node[:8]}")
+            del self.stores[oldest]
         self.stores[node] = HeardStore(announced, now_s)
         changed = before is None or before.announced.models != announced.models
         if changed:
@@ -218,7 +228,7 @@ class Fleet:
         names: set[str] = set()
         for store in self.stores.values():
             for entry in store.announced.models:
-                if entry.name not in names:
+                if entry.name not in names and entry.model not in found:
                     names.add(entry.name)
                     found[entry.model] = entry
         indexes: dict[Digest, ModelIndex] = {}
@@ -313,11 +323,15 @@ def room_of(
 
 
 def carrier_of(heartbeat: Heartbeat, model: Digest, layer_count: int) -> Carrier | None:
-    """What a node can serve of a model of so many layers, as routing sees it."""
+    """What a node can serve of a model of so many layers, as routing sees it. A stage whose pieces end elsewhere than
+    at the model's cut points is none: no engine takes such, and routing's search is bounded by there being few."""
     if heartbeat.draining:
         return None
     ready = ready_stage(heartbeat, model)
-    if ready is None or ready.stage.pieces[-1].last > layer_count:
+    if ready is None:
+        return None
+    edges = _edges(layer_count)
+    if not all(piece.first in edges and piece.last in edges for piece in ready.stage.pieces):
         return None
     return Carrier(
         address=heartbeat.address,
@@ -331,9 +345,10 @@ def carrier_of(heartbeat: Heartbeat, model: Digest, layer_count: int) -> Carrier
     )
 
 
-def carriers_of(fleet: Fleet, entry: ModelEntry) -> list[Carrier]:
-    """The nodes that can take sessions of a model, copied."""
-    return list(fleet.carriers(entry.model).values())
+@lru_cache(maxsize=EDGES_KEPT_MAX)
+def _edges(layer_count: int) -> frozenset[int]:
+    """Where pieces of a model may begin and end."""
+    return frozenset((0, *cut_points(layer_count), layer_count))
 
 
 def servable(fleet: Fleet, entry: ModelEntry) -> bool:

@@ -64,11 +64,9 @@ class Router:
         """Weigh every model that has many carriers; forget the others. 10 to 40 ms a model."""
         found: dict[Digest, Weights] = {}
         for model, (shape, carriers) in models.items():
+            visits = {node: layers for node, layers in list(self._visits.get(model, {}).items()) if node in carriers}
+            self._visits[model] = dict(visits)  # routes go on noting while this runs in a thread
             if len(carriers) > self._rules.exact_carriers_max:
-                visits = {
-                    node: layers for node, layers in list(self._visits.get(model, {}).items()) if node in carriers
-                }
-                self._visits[model] = dict(visits)  # routes go on noting while this runs in a thread
                 weights = weigh(shape, tuple(carriers.values()), self._rules, visits)
                 if weights is not None:
                     found[model] = weights

@@ -21,6 +21,7 @@ from typing import Any
 import msgspec
 
 from fallow.coordinator import checks, registry
+from fallow.coordinator.answers import encode_catalogue, encode_status
 from fallow.coordinator.colleagues import Colleagues
 from fallow.coordinator.guard import Guard
 from fallow.coordinator.leadership import Authority, SoleAuthority
@@ -41,7 +42,7 @@ from fallow.domain.fleet import (
     Subjects,
 )
 from fallow.domain.ids import NodeId
-from fallow.fabric.contract import MAX_BUS_MESSAGE_BYTES, Bus, BusHandler, PresenceWatcher, Subscription
+from fallow.fabric.contract import Bus, BusHandler, PresenceWatcher, Subscription
 from fallow.policy import membership
 from fallow.policy.cells import CellRules
 from fallow.policy.membership import MembershipRules, Presence
@@ -60,7 +61,7 @@ STALE = "Stale Connection"
 RECENT_LOSS_S = 5.0
 """Who was lost so shortly before a term is announced again: the last leader may have died of the same."""
 STATUS_NODES_MAX = 500
-"""Devices that a status names; more would not fit a bus message."""
+"""Devices that a status names, at most; more would not fit a bus message in any case (`answers.py`)."""
 
 log = logging.getLogger(__name__)
 
@@ -231,7 +232,7 @@ class Coordinator:
         was_present = before is not None and before.presence is Presence.PRESENT
         if membership.restarted(before, after):
             await self._announce_gone(heartbeat.node, "it was started anew")
-            self._placer.on_loss()
+            self._placer.on_loss(heartbeat.node)
             was_present = False
         self._router.settle(heartbeat.node, now_s)
         self._placer.on_heartbeat(before.heartbeat if before and was_present else None, heartbeat)
@@ -255,7 +256,7 @@ class Coordinator:
             return
         log.info("node %s (%s) is gone: %s", node[:8], before.heartbeat.name, reason)
         self._router.forget(node)
-        self._placer.on_loss()
+        self._placer.on_loss(node)
         await self._announce_gone(node, reason)
 
     async def _announce_gone(self, node: NodeId, reason: str) -> None:
@@ -280,11 +281,16 @@ class Coordinator:
             for node in membership.silent(self.fleet.members, now_s, rules):
                 await self._depart(node, Presence.GONE, f"nothing was heard for {rules.silence_max_s:g} s")
             self.fleet.forget(now_s, rules)
+            self._placer.forget()
 
     async def _on_store(self, _: str, message: bytes) -> None:
         announced = checks.store_announced(message)
         if self.fleet.announce(announced, self._clock.monotonic_s()):
             log.info("store %s serves %d models", announced.address.node[:8], len(announced.models))
+            ours = self.fleet.entries()
+            others = [entry.name for entry in announced.models if ours.get(entry.model) != entry]
+            if others:
+                log.warning("store %s: another store came first with %s", announced.address.node[:8], ", ".join(others))
             self._placer.on_change()
 
     async def _on_gateway(self, _: str, message: bytes) -> None:
@@ -320,7 +326,7 @@ class Coordinator:
             await self._clock.sleep(max(self._config.routing.refresh_s, WEIGH_REST_FACTOR * took_s))
 
     async def _on_catalogue(self, _: str, __: bytes) -> bytes:
-        return msgspec.json.encode(self.catalogue())
+        return encode_catalogue(self.catalogue())
 
     def catalogue(self) -> Catalogue:
         models = tuple(
@@ -330,13 +336,7 @@ class Coordinator:
         return Catalogue(models=models, stores=tuple(heard.announced.address for heard in self.fleet.stores.values()))
 
     async def _on_status(self, _: str, __: bytes) -> bytes:
-        status = self.status(STATUS_NODES_MAX)
-        encoded = msgspec.json.encode(status)
-        if len(encoded) > MAX_BUS_MESSAGE_BYTES:
-            # Links are the bulk of it: a fleet of hundreds is told without them, one of thousands in part.
-            nodes = tuple(msgspec.structs.replace(node, link_rtt_s={}) for node in status.nodes)
-            encoded = msgspec.json.encode(msgspec.structs.replace(status, nodes=nodes))
-        return encoded
+        return encode_status(self.status(STATUS_NODES_MAX))
 
     def status(self, nodes_max: int = NODES_MAX) -> FleetStatus:
         now_s = self._clock.monotonic_s()

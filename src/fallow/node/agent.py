@@ -22,7 +22,7 @@ from typing import Any
 import msgspec
 
 from fallow.domain.clock import Clock
-from fallow.domain.errors import FabricError, FallowError
+from fallow.domain.errors import BusMessageError, FabricError, FallowError
 from fallow.domain.fleet import (
     Accepted,
     Heartbeat,
@@ -55,7 +55,6 @@ HISTORY_LOOK_S = 60.0
 SHELF_LOOK_S = 300.0
 """The room left on the disk is looked up so often; what is cached, when a stage has become ready or failed, too."""
 DRAIN_POLL_S = 0.05
-COMMAND_MAX_BYTES = 1 << 20
 
 log = logging.getLogger(__name__)
 
@@ -213,7 +212,12 @@ class Agent:
         self._changed()
 
     async def _on_leader(self, _: str, message: bytes) -> None:
-        self._epoch = max(self._epoch, msgspec.json.decode(message, type=LeaderChanged).epoch)
+        try:
+            changed = msgspec.json.decode(message, type=LeaderChanged)
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+            log.warning("%s: a leader's word that cannot be read was dropped: %s", BusMessageError.code, error)
+            return
+        self._epoch = max(self._epoch, changed.epoch)
 
     def _changed(self) -> None:
         self._beat_now.set()
