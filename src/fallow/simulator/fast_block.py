@@ -200,7 +200,8 @@ class _Run:
             leg_s=leg + row_s + row_bytes * mean(1 / self.figures.downlink),
             edge_s=self.edge_s,
             row_s=row_s,
-            kv_sessions=KV_PACKING * np.bincount(cell, placed.kv_room[ready], minlength=cells) / (kv_token * reserve),
+            kv_sessions=np.bincount(cell, KV_PACKING * placed.kv_room[ready], minlength=cells).astype(np.float64)
+            / (kv_token * reserve),
         )
 
     def _rotten(self) -> list[tuple[float, float, float, npt.NDArray[np.bool_]]]:

@@ -111,7 +111,7 @@ def samples(tally: Tally, bin_s: float, lasts_s: Floats) -> tuple[Sample, ...]:
 
 def _whole(values: Floats) -> list[int]:
     """Whole numbers whose sums are right: each the difference of two rounded sums."""
-    return np.diff(np.concatenate(([0.0], np.round(np.cumsum(values))))).astype(np.int64).tolist()
+    return [int(value) for value in np.diff(np.concatenate(([0.0], np.round(np.cumsum(values)))))]
 
 
 def totals(tally: Tally, found: Sequence[Sample]) -> Totals:

@@ -6,7 +6,7 @@ Rules
 - What a block holds depends on scenario, seed and `BLOCK_CELLS`, not on who computes it or when.
 """
 
-from typing import Final
+from typing import Final, NamedTuple
 from zlib import crc32
 
 import msgspec
@@ -76,6 +76,7 @@ def draw_fleet(scenario: Scenario, seed: int, devices: int, until_s: float) -> F
         place = np.full(devices, -1)
         place[chosen] = np.arange(len(chosen))
         hit = place[away.device] >= 0
+        edges = _edges(lives, chosen)
         blocks.append(
             Block(
                 number=number,
@@ -86,7 +87,12 @@ def draw_fleet(scenario: Scenario, seed: int, devices: int, until_s: float) -> F
                 away_device=place[away.device[hit]],
                 away_from_s=away.from_s[hit],
                 away_until_s=away.until_s[hit],
-                **_edges(lives, chosen),
+                initially=edges.initially,
+                since_s=edges.since_s,
+                leaves_at_s=edges.leaves_at_s,
+                edge_device=edges.device,
+                edge_s=edges.at_s,
+                edge_leaves_s=edges.leaves_s,
             )
         )
     return Fleet(scenario=scenario, seed=seed, devices=devices, cells=cells, blocks=tuple(blocks))
@@ -110,7 +116,18 @@ def _cells(populations: tuple[Population, ...], lives: Lives, seed: int, cells: 
     return cell
 
 
-def _edges(lives: Lives, chosen: Ints) -> dict[str, npt.NDArray[np.generic]]:
+class _Edges(NamedTuple):
+    """As in `Block`."""
+
+    initially: npt.NDArray[np.bool_]
+    since_s: Floats
+    leaves_at_s: Floats
+    device: Ints
+    at_s: Floats
+    leaves_s: Floats
+
+
+def _edges(lives: Lives, chosen: Ints) -> _Edges:
     """The chosen devices' state at 0 and their edges from then on, by time."""
     counts = np.diff(lives.offsets)[chosen]
     first = lives.offsets[chosen]
@@ -125,14 +142,14 @@ def _edges(lives: Lives, chosen: Ints) -> dict[str, npt.NDArray[np.generic]]:
     since[device[past]] = times[past]
     leaves_at[device[past]] = leaves[past]
     order = np.argsort(times[~past], kind="stable")
-    return {
-        "initially": lives.initially[chosen] ^ (done % 2 == 1),
-        "since_s": since,
-        "leaves_at_s": leaves_at,
-        "edge_device": device[~past][order],
-        "edge_s": times[~past][order],
-        "edge_leaves_s": leaves[~past][order],
-    }
+    return _Edges(
+        initially=lives.initially[chosen] ^ (done % 2 == 1),
+        since_s=since,
+        leaves_at_s=leaves_at,
+        device=device[~past][order],
+        at_s=times[~past][order],
+        leaves_s=leaves[~past][order],
+    )
 
 
 class Figures(msgspec.Struct, frozen=True, kw_only=True):

@@ -182,7 +182,7 @@ class Placed:
         self.survival[who] = alive
         self.stay_s[who] = np.maximum(stays_h * 3600.0, 1.0)
         horizons = np.array([0.0, *(at for at in OUTLOOK_HORIZONS_S if at <= 3600.0)])
-        curve = np.concatenate((np.ones((len(who), 1)), alive[:, : len(horizons) - 1]), axis=1)
+        curve: Floats = np.concatenate((np.ones((len(who), 1)), alive[:, : len(horizons) - 1]), axis=1)
         self.share[who] = ((curve[:, 1:] + curve[:, :-1]) / 2 * np.diff(horizons)).sum(axis=1) / horizons[-1]
         self.steady[who] = alive[:, FLEETING_HORIZON] >= 0.5
 
@@ -269,11 +269,12 @@ class Placed:
 
     def _worth_moving(self, now_s: float) -> Ints:
         """Cells that were not looked at for `GAIN_S` and serve clearly less than their devices' speed would allow."""
-        waits = np.flatnonzero(now_s - self.gained_s >= GAIN_S)[:GAINS_PER_STEP_MAX]
+        waits: Ints = np.flatnonzero(now_s - self.gained_s >= GAIN_S)[:GAINS_PER_STEP_MAX]
         self.gained_s[waits] = now_s
         flow = coverage.bottleneck(self.mass[waits], self.parts.work).rows_per_s
         most = self.mass[waits].sum(axis=(1, 2)) / self.parts.work.sum()
-        return waits[flow * (1 + self.rules.gain_min) < most]
+        clear: npt.NDArray[np.bool_] = flow * (1 + self.rules.gain_min) < most
+        return waits[clear]
 
     def _work_out(self, cell: int, here: Bools) -> None:
         low, high = np.searchsorted(self.block.cell, [cell, cell + 1])
