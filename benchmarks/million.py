@@ -5,7 +5,7 @@ processor time; the promise is 24 h in at most 10 minutes on 2 cores. Then, with
 through both modes: a table of differences, and the tolerances that `tests/simulation/test_fast_against_detailed.py`
 holds.
 
-    python benchmarks/million.py --out results/          # JSON for each scenario, and report.html
+    python benchmarks/million.py --out build/million     # JSON for each scenario, and report.html
     python benchmarks/million.py --devices 100000 --only home-evenings --times 60
     python benchmarks/million.py --validate
 """
@@ -178,7 +178,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--validate", action="store_true")
     parser.add_argument("--case", action="append", choices=CASES, help="of a validation; may be repeated")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/million"))
+    parser.add_argument("--out", type=Path, default=Path("build/million"))
     chosen = parser.parse_args()
     if chosen.validate:
         validate(chosen.case or list(CASES), list(range(1, chosen.seeds + 1)), chosen.out)

@@ -34,6 +34,8 @@ RTT_MAX_S = 60.0
 KV_ENDLESS_BYTES = 1 << 62
 ROWS_MAX = 16
 """Rows of one call up to which more of them are thought to be cheaper by the row."""
+LAYER_S_MIN = 1e-6
+"""Faster than any device computes a layer; what reports less is believed that much."""
 UNKNOWN_ROW_SHARE = 0.2
 """What a further row costs of the first one, where nothing was measured."""
 
@@ -91,13 +93,18 @@ class Carrier(msgspec.Struct, frozen=True, kw_only=True):
 
 def layer_s(speed: Speed | None, rows: int, unknown_s: float) -> float:
     """Seconds that a layer takes for a call of `rows` rows: the measured points joined by lines, the last line drawn
-    out to `ROWS_MAX` rows, and proportional beyond."""
+    out to `ROWS_MAX` rows, and proportional beyond.
+
+    More rows never take less time, whatever a device says: noise or a lie would draw every session to it.
+    """
     if speed is None:
         return unknown_s * (1 + UNKNOWN_ROW_SHARE * (rows - 1))
+    one = max(speed.layer_s_1, LAYER_S_MIN)
+    four = max(speed.layer_s_4, one)
     if rows <= 4:
-        return speed.layer_s_1 + (speed.layer_s_4 - speed.layer_s_1) * (rows - 1) / 3
+        return one + (four - one) * (rows - 1) / 3
     if rows <= ROWS_MAX:
-        return speed.layer_s_4 + (speed.layer_s_8 - speed.layer_s_4) * (rows - 4) / 4
+        return four + max(speed.layer_s_8 - four, 0.0) * (rows - 4) / 4
     return layer_s(speed, ROWS_MAX, unknown_s) * rows / ROWS_MAX
 
 

@@ -124,7 +124,7 @@ CHARTS: Final = (
         "Stages that devices were told to host or drop, and chains mended under a running answer.",
         (
             Curve("orders", lambda s: s.orders, SLATE, "bar"),
-            Curve("repairs", lambda s: s.repairs, ORANGE, "bar"),
+            Curve("repairs", lambda s: s.repairs, ORANGE),
         ),
     ),
     Chart(

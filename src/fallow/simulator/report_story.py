@@ -90,10 +90,12 @@ def _fleet(result: RunResult) -> str:
 
 
 def _what(result: RunResult, fall: Fall) -> str:
-    """The scripted event under way at the fall, if there is one."""
+    """The scripted event under way at the fall, if there is one. Whether it is the cause, figures do not tell."""
     end = fall.bottom.at_s + result.bin_s
     under_way = [mark for mark in result.marks if mark.at_s < end and mark.until_s >= fall.top.at_s]
-    return f" ({label_of(min(under_way, key=lambda mark: abs(mark.at_s - fall.top.at_s)))})" if under_way else ""
+    if not under_way:
+        return ""
+    return f" (at the same time: {label_of(min(under_way, key=lambda mark: abs(mark.at_s - fall.top.at_s)))})"
 
 
 def label_of(mark: Mark) -> str:

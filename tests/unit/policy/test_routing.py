@@ -211,3 +211,11 @@ def test_a_fleet_of_hundreds_is_searched_quickly() -> None:
 def test_the_speed_of_a_layer_goes_through_the_measured_points() -> None:
     speed = Speed(layer_s_1=1.0, layer_s_4=2.0, layer_s_8=4.0)
     assert [layer_s(speed, rows, 0.0) for rows in (1, 4, 6, 8, 16)] == [1.0, 2.0, 3.0, 4.0, 8.0]
+
+
+@given(st.tuples(*[st.floats(0, 100)] * 3), st.integers(1, 100))
+def test_more_rows_never_take_less_time_whatever_a_device_reports(
+    figures: tuple[float, float, float], rows: int
+) -> None:
+    speed = Speed(layer_s_1=figures[0], layer_s_4=figures[1], layer_s_8=figures[2])
+    assert 0 < layer_s(speed, rows, 0.001) <= layer_s(speed, rows + 1, 0.001) * (1 + 1e-12)

@@ -140,7 +140,7 @@ def test_the_story_tells_the_fall_and_its_event() -> None:
     levels = [900.0] * 36 + [300.0] * 12 + [900.0] * 24
     samples = [sample(600.0 * i, devices) for i, devices in enumerate(levels)]
     told = " ".join(story(result(*samples, marks=(Mark(at_s=21600.0, until_s=22000.0, label="homecoming"),))))
-    assert "two thirds of the devices at hand went away (homecoming): from 900 to 300" in told
+    assert "two thirds of the devices at hand went away (at the same time: homecoming): from 900 to 300" in told
     assert "and 18:00 two thirds" in told
 
 
