@@ -116,8 +116,6 @@ class Chain:
         self._candidates: Candidates | None = None
         self._trouble: str | None = None
         self._avoid_until_s: dict[NodeId, float] = {}
-        self._failed: set[NodeId] = set()
-        """Who failed since the chain last flowed: may be chosen anew, but is not kept: tries would begin there."""
         self._wake: asyncio.Future[None] | None = None
         self._states: dict[NodeId, StageState | Refused] = {}
         self._progress_at_s = clock.monotonic_s()
@@ -193,7 +191,6 @@ class Chain:
         """Note that the chain needs repair, and whom to avoid."""
         if suspect is not None:
             self._avoid_until_s[suspect] = self._clock.monotonic_s() + avoid_s
-            self._failed.add(suspect)
         self._trouble = self._trouble or reason
         self.broken = True
         self._wake_up()
@@ -290,8 +287,8 @@ class Chain:
         return " > ".join(f"{hop.address.node[:8]}{hop.span}" for hop in self.hops)
 
     def _alive(self) -> tuple[Hop, ...]:
-        lost = self._avoided() | self._failed
-        return tuple(hop for hop in self.hops if hop.address.node not in lost)
+        avoided = self._avoided()
+        return tuple(hop for hop in self.hops if hop.address.node not in avoided)
 
     def _avoided(self) -> frozenset[NodeId]:
         now_s = self._clock.monotonic_s()
@@ -328,8 +325,6 @@ class Chain:
             )
             await self._send(hop.address, Frame(flow))
         self._fed = plan.feed_from
-        if not self._in_trouble():
-            self._failed.clear()
 
     async def _open_stages(self, hops: Sequence[Hop]) -> list[StageState]:
         """Every stage's state at this epoch. Raises `KvExhausted` or `StageRefused`, having noted whom to avoid."""
