@@ -263,7 +263,7 @@ async def ask_routes(bus: NatsBus, cells: int, routes_hz: float, duration_s: flo
     end_s = time.monotonic() + duration_s
     while time.monotonic() < end_s:
         request = RouteRequest(model=MODEL, session=SessionId(draw.randbytes(16).hex()), reserve_tokens=500)
-        subject = Subjects(f"cell-{draw.randrange(cells)}").route
+        subject = Subjects(f"cell-{draw.randrange(cells)}").route("load")
         asked_s = time.monotonic()
         try:
             answer = await bus.request(subject, msgspec.json.encode(request), ANSWER_MAX_S)
@@ -285,7 +285,7 @@ async def load(url: str, devices: int, cells: int, seconds: float, routes_hz: fl
         store = NodeId("5" * 64)
         announced = StoreAnnounced(address=PeerAddress(node=store, endpoints=()), models=(model_entry(),))
         for index in range(cells):
-            await buses[0].publish(Subjects(f"cell-{index}").store, msgspec.json.encode(announced))
+            await buses[0].publish(Subjects(f"cell-{index}").store(store), msgspec.json.encode(announced))
     work = Load(buses, fleet)
     await work.listen()
     await work.run(JOIN_HZ, devices / JOIN_HZ)

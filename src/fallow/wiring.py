@@ -15,8 +15,8 @@ from fallow.domain.errors import ConfigError
 from fallow.domain.fleet import Subjects
 from fallow.engine.contract import StageEngine
 from fallow.fabric.contract import Bus, LeaseKey, LinkEndpoint, PresenceWatcher
-from fallow.node.identity import Identity, load_or_create
 from fallow.system_clock import SystemClock, WakingClock
+from fallow.trust.keys import Identity, load_or_create
 
 LOOPBACK_LINKS: Final = "127.0.0.1:0"
 OPEN_LINKS: Final = "0.0.0.0:0"

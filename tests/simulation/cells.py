@@ -19,10 +19,11 @@ from fallow.domain.fleet import (
 )
 from fallow.domain.frames import PeerAddress
 from fallow.domain.ids import Digest, ModelName, NodeId, SessionId
-from fallow.domain.model import Family, ModelConfig, Quantisation, Span, StageSpec
+from fallow.domain.model import Quantisation, Span, StageSpec
 from fallow.fabric.contract import Bus
 from fallow.policy.cells import CellRules
 from fallow.policy.membership import MembershipRules
+from tests.simulation.toy import toy_config
 
 LAYERS = 6
 MODEL = Digest("c0" * 32)
@@ -33,19 +34,7 @@ WHOLE = Span(0, LAYERS)
 
 
 def entry() -> ModelEntry:
-    config = ModelConfig(
-        family=Family.LLAMA,
-        layer_count=LAYERS,
-        hidden_size=32,
-        head_count=2,
-        kv_head_count=1,
-        head_dim=16,
-        intermediate_size=64,
-        vocab_size=512,
-        context_length=4096,
-        norm_epsilon=1e-5,
-        rope_theta=1e4,
-    )
+    config = toy_config(LAYERS)
     return ModelEntry(
         name=ModelName("toy"),
         model=MODEL,
@@ -128,7 +117,7 @@ class ToyCell:
     async def announce(self) -> None:
         store = PeerAddress(node=NodeId("5" * 64), endpoints=())
         announced = StoreAnnounced(address=store, models=(entry(),))
-        await self.bus.publish(Subjects(self.name).store, msgspec.json.encode(announced))
+        await self.bus.publish(Subjects(self.name).store(store.node), msgspec.json.encode(announced))
 
     async def work(self, rows_per_s: float) -> None:
         """Every device reports that it computes so many rows a second."""
@@ -140,7 +129,7 @@ class ToyCell:
         """As a gateway asks."""
         request = RouteRequest(model=MODEL, session=SessionId(f"{session:032x}"), reserve_tokens=100)
         request = msgspec.structs.replace(request, **fields)
-        reply = await self.bus.request(Subjects(self.name).route, msgspec.json.encode(request), timeout_s)
+        reply = await self.bus.request(Subjects(self.name).route("gateway"), msgspec.json.encode(request), timeout_s)
         return msgspec.json.decode(reply, type=RouteReply)
 
     def serves(self, reply: RouteReply) -> bool:

@@ -72,7 +72,7 @@ def with_fleet(
             return msgspec.json.encode(RouteReply(hops=hops))
 
         await coordinator.subscribe(subjects.catalogue, on_catalogue)
-        await coordinator.subscribe(subjects.route, on_route)
+        await coordinator.subscribe(subjects.route(), on_route)
         await fleet.start(*((piece,) for piece in pieces))
         source = FleetTokenSource(
             fleet.fabric.bus("gateway"), fleet.peers, store, fleet.clock, subjects, origin=fleet.gateway

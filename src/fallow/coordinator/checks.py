@@ -30,6 +30,7 @@ from fallow.domain.fleet import (
     RouteRequest,
     Speed,
     StoreAnnounced,
+    sender_of,
 )
 from fallow.domain.frames import PeerAddress
 from fallow.domain.ids import Digest
@@ -173,13 +174,25 @@ def _ascending(what: str, spans: tuple[Span, ...]) -> None:
         edge = span.last
 
 
-def leaving(message: bytes) -> NodeLeaving:
-    return decode(message, NodeLeaving)
+def leaving(subject: str, message: bytes) -> NodeLeaving:
+    """A device's goodbye."""
+    said = decode(message, NodeLeaving)
+    sent_by(subject, said.node)
+    return said
 
 
-def route_request(message: bytes) -> RouteRequest:
-    """A request for a chain."""
-    return _route_request(decode(message, RouteRequest))
+def sent_by(subject: str, sender: str) -> None:
+    """Hold a message to the name that the bus let its sender use. Raises `BusMessageError`."""
+    if sender_of(subject) != sender:
+        raise _refusal(f"a message of {sender_of(subject)!r} on its subject", sender)
+
+
+def gateway_request(subject: str, message: bytes) -> RouteRequest:
+    """A gateway's request for a chain."""
+    request = _route_request(decode(message, RouteRequest))
+    if request.origin is not None:
+        sent_by(subject, request.origin)
+    return request
 
 
 def _route_request(request: RouteRequest) -> RouteRequest:
@@ -276,11 +289,12 @@ def _cell(cell: str) -> None:
         raise _refusal("a cell's name of 1 to 32 letters, digits, dashes", cell)
 
 
-def store_announced(message: bytes) -> StoreAnnounced:
+def store_announced(subject: str, message: bytes) -> StoreAnnounced:
     """A store's announcement."""
     _size("a store's announcement", message, STORE_MAX_BYTES)
     announced = decode(message, StoreAnnounced)
     _address(announced.address)
+    sent_by(subject, announced.address.node)
     _number("the number of models", len(announced.models), 0, MODELS_MAX)
     for entry in announced.models:
         _entry(entry)
@@ -302,11 +316,12 @@ def _entry(entry: ModelEntry) -> None:
         _number("weights_bytes", size, 0, MEMORY_MAX_BYTES)
 
 
-def gateway_report(message: bytes) -> GatewayReport:
+def gateway_report(subject: str, message: bytes) -> GatewayReport:
     """A gateway's figures."""
     _size("a gateway's report", message, GATEWAY_MAX_BYTES)
     report = decode(message, GatewayReport)
     _id("a gateway id", report.gateway)
+    sent_by(subject, report.gateway)
     _text("a url", report.url, TEXT_MAX_CHARS)
     _number("sessions", report.sessions, 0, SESSIONS_MAX)
     _number("tokens_per_s", report.tokens_per_s, 0, ROWS_PER_S_MAX)

@@ -33,9 +33,10 @@ class Colleagues:
         """Our own word."""
         return msgspec.structs.replace(self.me, since_s=self._clock.monotonic_s() - self._since_s)
 
-    def heard(self, message: bytes) -> None:
+    def heard(self, subject: str, message: bytes) -> None:
         """Another's word, or our own. Raises `BusMessageError`."""
         report = checks.decode(message, CoordinatorReport)
+        checks.sent_by(subject, report.id)
         for text in (report.id, report.name):
             if len(text) > NAME_MAX_CHARS or not text.isprintable():
                 raise BusMessageError(f"expected up to {NAME_MAX_CHARS} printable characters, got {text[:80]!r}")

@@ -122,10 +122,10 @@ class Coordinator:
         """Listen, and ask everybody to report. Raises `BusUnavailable`."""
         for kind, subject, handler in (
             ("heartbeat", self._subjects.heartbeat(), self._on_heartbeat),
-            ("leaving", self._subjects.leaving, self._on_leaving),
-            ("store", self._subjects.store, self._on_store),
-            ("gateway", self._subjects.gateway, self._on_gateway),
-            ("coordinator", self._subjects.coordinators, self._on_coordinator),
+            ("leaving", self._subjects.leaving(), self._on_leaving),
+            ("store", self._subjects.store(), self._on_store),
+            ("gateway", self._subjects.gateway(), self._on_gateway),
+            ("coordinator", self._subjects.coordinator(), self._on_coordinator),
         ):
             self._subscriptions.append(await self._bus.subscribe(subject, self._guard.before(kind, handler)))
         if self._presence is not None:
@@ -176,7 +176,7 @@ class Coordinator:
 
     async def _start_leading(self, epoch: int) -> None:
         await asyncio.gather(
-            self._answer("route", self._subjects.route, self._on_route),
+            self._answer("route", self._subjects.route(), self._on_route),
             self._answer("catalogue", self._subjects.catalogue, self._on_catalogue),
             self._answer("status", self._subjects.status, self._on_status),
         )
@@ -212,13 +212,13 @@ class Coordinator:
         while True:
             report = self._colleagues.report()
             try:
-                await self._bus.publish(self._subjects.coordinators, msgspec.json.encode(report))
+                await self._bus.publish(self._subjects.coordinator(report.id), msgspec.json.encode(report))
             except FabricError as error:
                 log.debug("no report: %s", error)
             await self._clock.sleep(REPORT_PERIOD_S)
 
-    async def _on_coordinator(self, _: str, message: bytes) -> None:
-        self._colleagues.heard(message)
+    async def _on_coordinator(self, subject: str, message: bytes) -> None:
+        self._colleagues.heard(subject, message)
 
     # --- facts ----------------------------------------------------------------------------------
 
@@ -240,8 +240,8 @@ class Coordinator:
             log.info("node %s (%s) is here", heartbeat.node[:8], heartbeat.name)
             self._placer.on_join()
 
-    async def _on_leaving(self, _: str, message: bytes) -> None:
-        await self._depart(checks.leaving(message).node, Presence.LEFT, "it said goodbye")
+    async def _on_leaving(self, subject: str, message: bytes) -> None:
+        await self._depart(checks.leaving(subject, message).node, Presence.LEFT, "it said goodbye")
 
     def _on_disconnect(self, client: str, reason: str) -> None:
         self._colleagues.forget(client)
@@ -283,8 +283,8 @@ class Coordinator:
             self.fleet.forget(now_s, rules)
             self._placer.forget()
 
-    async def _on_store(self, _: str, message: bytes) -> None:
-        announced = checks.store_announced(message)
+    async def _on_store(self, subject: str, message: bytes) -> None:
+        announced = checks.store_announced(subject, message)
         if self.fleet.announce(announced, self._clock.monotonic_s()):
             log.info("store %s serves %d models", announced.address.node[:8], len(announced.models))
             ours = self.fleet.entries()
@@ -293,13 +293,13 @@ class Coordinator:
                 log.warning("store %s: another store came first with %s", announced.address.node[:8], ", ".join(others))
             self._placer.on_change()
 
-    async def _on_gateway(self, _: str, message: bytes) -> None:
-        self.fleet.report(checks.gateway_report(message), self._clock.monotonic_s())
+    async def _on_gateway(self, subject: str, message: bytes) -> None:
+        self.fleet.report(checks.gateway_report(subject, message), self._clock.monotonic_s())
 
     # --- questions ------------------------------------------------------------------------------
 
-    async def _on_route(self, _: str, message: bytes) -> bytes:
-        request = checks.route_request(message)
+    async def _on_route(self, subject: str, message: bytes) -> bytes:
+        request = checks.gateway_request(subject, message)
         entry = self.fleet.entries().get(request.model)
         if entry is None:
             return msgspec.json.encode(self.route(request))

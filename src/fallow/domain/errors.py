@@ -116,6 +116,12 @@ class LinkClosed(FabricError):
     code = "link_closed"
 
 
+class SealBroken(LinkClosed):
+    """What came over the sealed relay is not what the peer sent next: altered, replayed, reordered, lost, or forged."""
+
+    code = "seal_broken"
+
+
 class BusUnavailable(FabricError):
     """The control bus cannot be reached at present."""
 
@@ -173,3 +179,70 @@ class BadRequest(FallowError):
     def __init__(self, message: str, param: str | None = None) -> None:
         super().__init__(message)
         self.param = param
+
+
+# --- trust --------------------------------------------------------------------------------------
+
+
+class TrustError(FallowError):
+    """Something that had to be shown was not: a signature, a right, a lease."""
+
+    code = "not_trusted"
+
+
+class SignatureInvalid(TrustError):
+    """A document whose signature is not its signer's, or that is of another kind than expected."""
+
+    code = "bad_signature"
+
+
+class PassportRefused(TrustError):
+    """A passport that is missing, of another network, of another key, expired, or revoked."""
+
+    code = "not_admitted"
+
+
+class GrantRefused(TrustError):
+    """A grant that does not allow what is asked."""
+
+    code = "grant_refused"
+
+
+class InvitationRefused(TrustError):
+    """An invitation that is unknown, used, expired, or of another network."""
+
+    code = "invitation_refused"
+
+
+class RequestRefused(TrustError):
+    """A request to the registrar whose sender may not make it."""
+
+    code = "request_refused"
+
+
+class CharterInvalid(TrustError):
+    """The council's repository failed verification: rolled back, frozen, mixed, wrongly or too little signed."""
+
+    code = "charter_invalid"
+
+
+class CharterUnavailable(TrustError):
+    """The council's repository cannot be reached. Nothing is known to be wrong with it."""
+
+    code = "charter_unavailable"
+
+
+class NotWorking(TrustError):
+    """This device, or the whole network, may not work now. `standing` says why."""
+
+    code = "not_working"
+
+    def __init__(self, message: str, standing: str) -> None:
+        super().__init__(message)
+        self.standing = standing
+
+
+class JournalBroken(TrustError):
+    """An entry of the journal was changed, removed or added: the chain of hashes does not hold."""
+
+    code = "journal_broken"

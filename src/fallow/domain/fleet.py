@@ -98,6 +98,8 @@ class Heartbeat(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     cached: dict[Digest, tuple[Span, ...]] = {}
     """Layers of models whose files are on its disk, whether it hosts them or not."""
     outlook: Outlook | None = None
+    standing: str = "working"
+    """A `Standing`: whether it may work, and if not, why."""
 
 
 class NodeGone(msgspec.Struct, frozen=True, kw_only=True):
@@ -194,6 +196,8 @@ class RouteReply(msgspec.Struct, frozen=True, kw_only=True):
 
     hops: tuple[Hop, ...] = ()
     error: str | None = None
+    grants: tuple[bytes, ...] = ()
+    """For each hop, in order, the leave to open it: an encoded `Signed` grant. Empty where none are asked for."""
     code: str | None = None
     """With an error, the code of a `FallowError`: `kv_exhausted` when more room is all that a chain lacks."""
 
@@ -302,7 +306,8 @@ class FleetStatus(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Subjects:
-    """Bus subjects of one cell."""
+    """Bus subjects of one cell. Where a subject names a device or a process, it is the one that sends (the last but one
+    word), so that the bus can hold everybody to their own name; `*` listens to all of a kind."""
 
     def __init__(self, cell: str) -> None:
         self._cell = cell
@@ -311,7 +316,11 @@ class Subjects:
     def heartbeat(self, node: NodeId | str = "*") -> str:
         return f"{self._root}.node.{node}.heartbeat"
 
-    def command(self, node: NodeId) -> str:
+    def leaving(self, node: NodeId | str = "*") -> str:
+        return f"{self._root}.node.{node}.leaving"
+
+    def command(self, node: NodeId | str) -> str:
+        """Orders to one device: the only subject that names who receives."""
         return f"{self._root}.node.{node}.command"
 
     @property
@@ -324,38 +333,58 @@ class Subjects:
         """`LeaderChanged`, when a coordinator begins to lead."""
         return f"{self._root}.leader"
 
-    @property
-    def coordinators(self) -> str:
+    def coordinator(self, id: str = "*") -> str:  # noqa: A002
         """`CoordinatorReport`s."""
-        return f"{self._root}.coordinators"
-
-    @property
-    def leaving(self) -> str:
-        return f"{self._root}.leaving"
+        return f"{self._root}.coordinator.{id}.report"
 
     @property
     def gone(self) -> str:
         return f"{self._root}.gone"
 
-    @property
-    def route(self) -> str:
-        return f"{self._root}.route"
+    def route(self, gateway: NodeId | str = "*") -> str:
+        """`RouteRequest`s of a gateway."""
+        return f"{self._root}.gateway.{gateway}.route"
+
+    def gateway(self, gateway: NodeId | str = "*") -> str:
+        """`GatewayReport`s."""
+        return f"{self._root}.gateway.{gateway}.report"
+
+    def store(self, store: NodeId | str = "*") -> str:
+        """`StoreAnnounced`, by the gateway that serves it."""
+        return f"{self._root}.gateway.{store}.store"
 
     @property
     def catalogue(self) -> str:
         return f"{self._root}.catalogue"
 
     @property
-    def store(self) -> str:
-        return f"{self._root}.store"
-
-    @property
-    def gateway(self) -> str:
-        return f"{self._root}.gateway"
-
-    @property
     def status(self) -> str:
         return f"{self._root}.status"
+
+    def relay(self, receiver: NodeId | str, sender: NodeId | str) -> str:
+        """Sealed frames from one device to another (the sender is the last word)."""
+        return f"{self._root}.relay.{receiver}.{sender}"
+
+    # --- trust ---
+
+    @property
+    def revocations(self) -> str:
+        """Envelopes of a `RevocationList`, by the registrar."""
+        return f"{self._root}.revocations"
+
+    @property
+    def halt(self) -> str:
+        """Envelopes of a `Halt`."""
+        return f"{self._root}.halt"
+
+    @property
+    def charter(self) -> str:
+        """The council's repository has changed, or a halt has ended: look now. The message is empty."""
+        return f"{self._root}.charter"
+
+    def relay(self, to: NodeId, sender: NodeId | str = "*") -> str:
+        """Sealed links' messages to a device. The bus lets a sender publish under its own id only."""
+        return f"{self._root}.relay.{to}.{sender}"
 
     # --- between cells ---
 
@@ -368,3 +397,8 @@ class Subjects:
     def ask(self) -> str:
         """`CellQuestion`s to this cell's coordinator."""
         return f"fallow.cells.{self._cell}.ask"
+
+
+def sender_of(subject: str) -> str:
+    """Who sent a message on a subject that names its sender: the last word but one."""
+    return subject.rsplit(".", 2)[-2]

@@ -65,6 +65,14 @@ class Hello(Header, frozen=True, kw_only=True, tag="hello"):
     version_max: int
     capabilities: tuple[str, ...] = ()
     role: str = "node"
+    passport: str = ""
+    """The sender's, by which the receiver admits it (`domain/credentials.py`)."""
+
+
+class Credentials(Header, frozen=True, kw_only=True, tag="credentials"):
+    """The sender's new passport, before the one that it showed last runs out."""
+
+    passport: str
 
 
 class Ping(Header, frozen=True, kw_only=True, tag="ping"):
@@ -103,6 +111,15 @@ class OpenStage(Header, frozen=True, kw_only=True, tag="open_stage"):
     span: Span
     reserve_tokens: int
     """KV room that the session may come to need, prompt and completion together."""
+    grant: bytes = b""
+    """The coordinator's leave for it: an encoded `Signed` grant (`domain/grants.py`)."""
+
+
+class RenewGrant(Header, frozen=True, kw_only=True, tag="renew_grant"):
+    """A new grant for a session that goes on, before the last one expires. Fire and forget; refused by a `Fault`."""
+
+    session: SessionId
+    grant: bytes
 
 
 class StageState(Header, frozen=True, kw_only=True, tag="stage_state"):
@@ -223,8 +240,8 @@ class Chunk(Header, frozen=True, kw_only=True, tag="chunk"):
 
 
 AnyHeader = (
-    Hello | Ping | Pong | Goodbye
-    | OpenStage | StageState | Refused | Flow | CloseSession
+    Hello | Credentials | Ping | Pong | Goodbye
+    | OpenStage | RenewGrant | StageState | Refused | Flow | CloseSession
     | Rows | Result | Fault
     | FetchChunk | Chunk
 )  # fmt: skip

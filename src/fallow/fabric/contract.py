@@ -73,6 +73,37 @@ class Bus(Protocol):
     async def close(self) -> None: ...
 
 
+class BusCredentials(Protocol):
+    """What opens the bus: a passport that others renew, the key behind it, and whom to trust as the server."""
+
+    @property
+    def passport(self) -> str:
+        """The newest. Asked at every connection, also after a break."""
+        ...
+
+    def sign(self, nonce: bytes) -> bytes:
+        """With the passport's key."""
+        ...
+
+    @property
+    def authority_pem(self) -> str:
+        """The certificate authority of the bus's server."""
+        ...
+
+
+class Admission(Protocol):
+    """Who may hold a link with us."""
+
+    @property
+    def passport(self) -> str:
+        """Ours, for `Hello`; the newest."""
+        ...
+
+    def admit(self, peer: NodeId, passport: str) -> float:
+        """Until when, in unix seconds, a peer is admitted by what it showed. Raises `PassportRefused`."""
+        ...
+
+
 class PresenceWatcher(Protocol):
     """Tells when a process loses its connection to the bus: the fastest sign of a crash.
 

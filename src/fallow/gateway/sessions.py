@@ -74,7 +74,7 @@ class BusRouter:
             keep=tuple(keep),
             origin=self._origin,
         )
-        answer = await self._questions.ask(self._subjects.route, msgspec.json.encode(request))
+        answer = await self._questions.ask(self._subjects.route(self._origin), msgspec.json.encode(request))
         reply = msgspec.json.decode(answer, type=RouteReply)
         if not reply.hops:
             if reply.error is not None and reply.code == KvExhausted.code:
@@ -342,7 +342,7 @@ class FleetTokenSource:
             chains=tuple(chain.nodes() for chain in list(self._live.values())[:EVENTS_MAX]),
         )
         try:
-            await self._bus.publish(self._subjects.gateway, msgspec.json.encode(report))
+            await self._bus.publish(self._subjects.gateway(report.gateway), msgspec.json.encode(report))
         except BusUnavailable:
             log.debug("the bus is away; no report")
 

@@ -154,7 +154,7 @@ class Agent:
 
     async def _say_goodbye(self) -> None:
         try:
-            await self._bus.publish(self._subjects.leaving, msgspec.json.encode(NodeLeaving(node=self.node)))
+            await self._bus.publish(self._subjects.leaving(self.node), msgspec.json.encode(NodeLeaving(node=self.node)))
         except FabricError as error:
             log.info("the coordinator could not be told that we leave: %s", error)
 

@@ -72,7 +72,7 @@ class StoreServer:
         models = await asyncio.to_thread(self._current_entries)
         announcement = StoreAnnounced(address=self._address, models=models)
         try:
-            await self._bus.publish(self._subjects.store, msgspec.json.encode(announcement))
+            await self._bus.publish(self._subjects.store(self._address.node), msgspec.json.encode(announcement))
         except FabricError as error:
             log.debug("the store could not be announced: %s", error)
 

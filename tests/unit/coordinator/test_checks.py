@@ -150,6 +150,6 @@ def test_a_field_of_any_other_kind_is_refused_or_harmless(data: st.DataObject) -
 
 def test_announcements_and_reports_that_would_fill_a_status_are_refused_by_name() -> None:
     with pytest.raises(BusMessageError, match="announcement of up to"):
-        checks.store_announced(b" " * (checks.STORE_MAX_BYTES + 1))
+        checks.store_announced("fallow.test.gateway.x.store", b" " * (checks.STORE_MAX_BYTES + 1))
     with pytest.raises(BusMessageError, match="report of up to"):
-        checks.gateway_report(b" " * (checks.GATEWAY_MAX_BYTES + 1))
+        checks.gateway_report("fallow.test.gateway.x.report", b" " * (checks.GATEWAY_MAX_BYTES + 1))

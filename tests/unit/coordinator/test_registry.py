@@ -21,9 +21,10 @@ from fallow.domain.fleet import (
 )
 from fallow.domain.frames import PeerAddress
 from fallow.domain.ids import Digest, ModelName, NodeId
-from fallow.domain.model import Family, ModelConfig, Quantisation, Span, StageSpec
+from fallow.domain.model import Quantisation, Span, StageSpec
 from fallow.policy.membership import MembershipRules, Presence
 from fallow.policy.routing import Carrier, covered
+from tests.simulation.toy import toy_config
 
 RULES = MembershipRules()
 NODES = [NodeId(f"{index:064x}") for index in range(5)]
@@ -37,19 +38,7 @@ def entry(model: Digest, layer_count: int = LAYERS, name: str = "") -> ModelEntr
         name=ModelName(name or f"model-{model[-1]}"),
         model=model,
         manifest_bytes=100,
-        config=ModelConfig(
-            family=Family.LLAMA,
-            layer_count=layer_count,
-            hidden_size=32,
-            head_count=2,
-            kv_head_count=1,
-            head_dim=16,
-            intermediate_size=64,
-            vocab_size=512,
-            context_length=4096,
-            norm_epsilon=1e-5,
-            rope_theta=1e4,
-        ),
+        config=toy_config(layer_count),
         quantisation=Quantisation.Q8,
         weights_bytes=(10, 10, (10,) * layer_count),
         created_unix_s=0,

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from fallow.domain.errors import ConfigError
-from fallow.node.identity import identity_of, load_or_create
+from fallow.trust.keys import identity_of, load_or_create
 
 
 def test_it_is_made_once_and_only_its_owner_may_read_it(tmp_path: Path) -> None:

@@ -1,0 +1,93 @@
+"""What the parts of a fleet ask of trust, as contracts. `trust/open_doors.py` has the ones that say yes to everybody.
+
+Rules
+- Missing evidence means no. Every refusal is an error of `domain/errors.py` with a code and words for a person.
+- Nothing here waits for a network but `CharterSource.check`. What is asked for every frame costs no signature.
+"""
+
+from typing import Protocol
+
+from fallow.domain.charter import Charter, Halt, Standing
+from fallow.domain.credentials import Passport
+from fallow.domain.fleet import Hop, NodeCommand, RouteRequest
+from fallow.domain.frames import OpenStage, RenewGrant
+from fallow.domain.grants import Grant
+from fallow.domain.ids import Digest, NodeId
+
+
+class Passports(Protocol):
+    """Reads passports, and knows who was revoked."""
+
+    def read(self, text: str, holder: NodeId | None = None) -> Passport:
+        """Raises `PassportRefused`: not of this network, expired, revoked, or not of `holder`."""
+        ...
+
+    def revoked(self, node: NodeId) -> bool: ...
+
+
+class Lease(Protocol):
+    """Whether this process may work."""
+
+    @property
+    def standing(self) -> Standing:
+        """Now. Cheap: a comparison of the clock."""
+        ...
+
+    @property
+    def why(self) -> str:
+        """For a person; empty while working."""
+        ...
+
+    @property
+    def charter(self) -> Charter | None:
+        """The newest that was checked."""
+        ...
+
+    def allows(self, model: Digest) -> bool:
+        """Whether a model's manifest is in valid metadata, and the policy allows it."""
+        ...
+
+    async def changed(self, standing: Standing) -> Standing:
+        """Wait until the standing is another than this one."""
+        ...
+
+
+class GrantBook(Protocol):
+    """A node's side of grants."""
+
+    def open(self, gateway: NodeId, opening: OpenStage) -> Grant:
+        """The grant that comes with an opening. Raises `GrantRefused`, `NotWorking`."""
+        ...
+
+    def renew(self, gateway: NodeId, renewal: RenewGrant, current: Grant) -> Grant:
+        """A grant that goes on where `current` ends. Raises `GrantRefused`, `NotWorking`."""
+        ...
+
+
+class Orders(Protocol):
+    """Orders to devices, signed by a coordinator and believed by nodes."""
+
+    def seal(self, command: NodeCommand, node: NodeId) -> bytes: ...
+
+    def unseal(self, message: bytes, node: NodeId) -> NodeCommand:
+        """Raises `SignatureInvalid`, `PassportRefused`, `GrantRefused` (an order to another device)."""
+        ...
+
+
+class GrantIssuer(Protocol):
+    """A coordinator's side of grants."""
+
+    def issue(self, request: RouteRequest, gateway: NodeId, hops: tuple[Hop, ...]) -> tuple[bytes, ...]:
+        """One for each hop, in order. Raises `NotWorking`."""
+        ...
+
+
+class CharterSource(Protocol):
+    """The council's repository."""
+
+    def check(self, reference_unix_s: float) -> tuple[Charter, tuple[Halt, ...]]:
+        """Blocking: fetch and verify all of it, as of that time. The halts are those that hold.
+
+        Raises `CharterInvalid` or `CharterUnavailable`.
+        """
+        ...

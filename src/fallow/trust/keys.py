@@ -1,0 +1,122 @@
+"""A party's identity: one Ed25519 key, kept in a file that only its owner may read.
+
+Rules
+- The public key, as lower-case hex, is the party's `NodeId` everywhere. The same 32 bytes are its iroh endpoint id and,
+  in base32 with a prefix and a checksum, its nkey on the bus.
+- The file holds the 32 bytes of the seed and nothing else.
+- What is signed is always an envelope (`trust/envelope.py`) or NATS's nonce, never a stranger's bytes alone.
+"""
+
+import base64
+import binascii
+import os
+import stat
+from pathlib import Path
+
+import msgspec
+import nkeys
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+
+from fallow.domain.errors import ConfigError, SignatureInvalid
+from fallow.domain.ids import NodeId
+
+SEED_BYTES = 32
+SIGNATURE_BYTES = 64
+
+
+class Identity(msgspec.Struct, frozen=True):
+    """A party's key pair. Do not print it."""
+
+    seed: bytes
+    node: NodeId
+
+    def __repr__(self) -> str:
+        return f"Identity({self.node[:8]}…)"
+
+    def sign(self, message: bytes) -> bytes:
+        """An Ed25519 signature of 64 bytes."""
+        return Ed25519PrivateKey.from_private_bytes(self.seed).sign(message)
+
+
+def identity_of(seed: bytes) -> Identity:
+    """The identity that a seed of 32 bytes stands for."""
+    public = Ed25519PrivateKey.from_private_bytes(seed).public_key()
+    return Identity(seed, NodeId(public.public_bytes(Encoding.Raw, PublicFormat.Raw).hex()))
+
+
+def new_identity() -> Identity:
+    """A key that was never used before."""
+    return identity_of(os.urandom(SEED_BYTES))
+
+
+def verify(signer: NodeId, signature: bytes, message: bytes) -> None:
+    """Raises `SignatureInvalid` unless `signer` signed `message`."""
+    try:
+        Ed25519PublicKey.from_public_bytes(bytes.fromhex(signer)).verify(signature, message)
+    except (InvalidSignature, ValueError):
+        raise SignatureInvalid(f"expected a signature of {signer[:8]}, got one that is not") from None
+
+
+# --- nkeys: the same keys as NATS writes them ------------------------------------------------------
+
+
+def user_nkey(node: NodeId) -> str:
+    """A party's name on the bus: `U…`."""
+    return nkey_of(bytes.fromhex(node), nkeys.PREFIX_BYTE_USER)
+
+
+def nkey_of(public: bytes, prefix: int) -> str:
+    """A public key as NATS writes it."""
+    head = bytes([prefix]) + public
+    return base64.b32encode(head + nkeys.crc16(bytearray(head)).to_bytes(2, "little")).rstrip(b"=").decode()
+
+
+def node_of_nkey(nkey: str, prefix: int = nkeys.PREFIX_BYTE_USER) -> NodeId:
+    """The party behind a public nkey of that kind. Raises `SignatureInvalid` for anything else."""
+    try:
+        raw = base64.b32decode(nkey + "=" * (-len(nkey) % 8))
+    except (binascii.Error, ValueError):
+        raise SignatureInvalid(f"expected a public nkey, got {nkey[:12]!r}") from None
+    if len(raw) != 35 or raw[0] != prefix or nkeys.crc16(bytearray(raw[:-2])) != int.from_bytes(raw[-2:], "little"):
+        raise SignatureInvalid(f"expected a public nkey of its kind, got {nkey[:12]!r}")
+    return NodeId(raw[1:-2].hex())
+
+
+# --- files ----------------------------------------------------------------------------------------
+
+
+def load_or_create(path: Path) -> Identity:
+    """The identity in a file; a new one when there is no file.
+
+    Raises `ConfigError` when the file is not a seed, or others may read it.
+    """
+    try:
+        return load(path)
+    except FileNotFoundError:
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    try:
+        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    except FileExistsError:  # another process was faster
+        return load(path)
+    with os.fdopen(handle, "wb") as file:
+        file.write(os.urandom(SEED_BYTES))
+        file.flush()
+        os.fsync(file.fileno())
+    return load(path)
+
+
+def load(path: Path) -> Identity:
+    """The identity in a file. Raises `FileNotFoundError`, and `ConfigError` as `load_or_create` does."""
+    with path.open("rb") as file:
+        mode = os.fstat(file.fileno()).st_mode
+        seed = file.read(SEED_BYTES + 1)
+    if os.name == "posix" and stat.S_IMODE(mode) & 0o077:
+        raise ConfigError(f"{path} holds a private key, but others may read it: run chmod 600 {path}")
+    if len(seed) != SEED_BYTES:
+        raise ConfigError(
+            f"{path} should hold a private key of {SEED_BYTES} bytes and holds {len(seed)}: restore it, "
+            "or delete it to become a new device"
+        )
+    return identity_of(seed)
