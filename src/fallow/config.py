@@ -18,7 +18,7 @@ import re
 import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Final, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Final, Literal, get_args, get_origin, get_type_hints
 
 import msgspec
 import platformdirs
@@ -32,8 +32,8 @@ FILE_MAX_BYTES: Final = 1 << 20
 LIST_SEPARATOR: Final = ";"
 """Between the entries of a list that is given as text, in an environment variable or a flag."""
 KEYS_MAX: Final = 1_000
-SECRET_SETTINGS: Final = frozenset({"bus.url", "bus.system_url", "gateway.keys"})
-"""Never shown in full: urls hold passwords."""
+SECRET_SETTINGS: Final = frozenset({"bus.url", "bus.system_url", "gateway.keys", "trust.invitation"})
+"""Never shown in full: urls may hold passwords, and whoever has an invitation can use it."""
 
 Port = Annotated[int, msgspec.Meta(ge=0, le=65535)]
 Count = Annotated[int, msgspec.Meta(ge=1)]
@@ -144,6 +144,26 @@ class LinksConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
     local_sockets: bool = True
     """Processes of one user on one machine talk through a private Unix socket; `false`: encrypted, as elsewhere."""
+    relay: Literal["auto", "only", "never"] = "auto"
+    """Sealed frames over the bus: where no direct path exists, always, or never."""
+
+
+class RegistrarConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Who admits devices, and hands out the council's word."""
+
+    host: str | None = None
+    """Interface to listen on; `None`: that of the bus."""
+    port: Port = 0
+    """0: any free one at the first start, and the same one ever after."""
+
+
+class TrustConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Who gets in."""
+
+    invitation: str | None = None
+    """For a process that has not been admitted yet; used once, then of no use to anybody."""
+    insecure_development: bool = False
+    """No credentials, no TLS on the bus, no grants, no lease, no sandbox: for work on Fallow itself, on loopback."""
 
 
 class ModelsConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -168,6 +188,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     coordinator: CoordinatorsConfig = CoordinatorsConfig()
     node: NodeConfig = NodeConfig()
     links: LinksConfig = LinksConfig()
+    registrar: RegistrarConfig = RegistrarConfig()
+    trust: TrustConfig = TrustConfig()
     models: ModelsConfig = ModelsConfig()
 
     @property

@@ -361,8 +361,8 @@ class Subjects:
     def status(self) -> str:
         return f"{self._root}.status"
 
-    def relay(self, receiver: NodeId | str, sender: NodeId | str) -> str:
-        """Sealed frames from one device to another (the sender is the last word)."""
+    def relay(self, receiver: NodeId | str, sender: NodeId | str = "*") -> str:
+        """Sealed frames from one device to another. The sender is the last word, and the bus holds it to that."""
         return f"{self._root}.relay.{receiver}.{sender}"
 
     # --- trust ---
@@ -381,10 +381,6 @@ class Subjects:
     def charter(self) -> str:
         """The council's repository has changed, or a halt has ended: look now. The message is empty."""
         return f"{self._root}.charter"
-
-    def relay(self, to: NodeId, sender: NodeId | str = "*") -> str:
-        """Sealed links' messages to a device. The bus lets a sender publish under its own id only."""
-        return f"{self._root}.relay.{to}.{sender}"
 
     # --- between cells ---
 

@@ -9,14 +9,13 @@ from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Sequence
 from datetime import datetime
 
-from tokenizers import Tokenizer
-
-from fallow.domain.errors import FallowError, ModelError, UnknownModel
+from fallow.domain.errors import BadRequest, FallowError, ModelError, UnknownModel
 from fallow.domain.ids import Digest
 from fallow.domain.model import Manifest
 from fallow.gateway.detokenise import TokenBytes
 from fallow.gateway.templates import ChatTemplate
 from fallow.models.manifest import manifest_digest
+from fallow.models.tokenizer import load_tokenizer
 
 MAX_LOADED_MODELS = 16
 MAX_INLINE_CHARS = 2048
@@ -34,13 +33,7 @@ class TextModel:
         self.manifest = manifest
         self.digest = digest
         self.eos_ids = frozenset(manifest.eos_token_ids)
-        try:
-            self._tokenizer = Tokenizer.from_buffer(file)
-        except Exception as error:  # the binding raises plain `Exception`
-            raise ModelError(f"The tokenizer of {manifest.name!r} cannot be loaded: {error}.") from error
-        # Some tokenizer files ask for truncation or padding, which would change prompts.
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
+        self._tokenizer = load_tokenizer(file)
         self.token_bytes = TokenBytes(self._tokenizer, file)
         source = manifest.chat_template
         self.template = None if source is None else ChatTemplate(source, manifest.special_tokens, local_time)
@@ -64,9 +57,12 @@ class TextModel:
         return list(self._tokenizer.encode(text).ids)
 
     async def _encode(self, text: str, encode: Callable[[str], list[int]]) -> list[int]:
-        if len(text) <= MAX_INLINE_CHARS:
-            return encode(text)
-        return await asyncio.to_thread(encode, text)
+        tokens = encode(text) if len(text) <= MAX_INLINE_CHARS else await asyncio.to_thread(encode, text)
+        vocab_size = self.manifest.config.vocab_size
+        if max(tokens, default=0) >= vocab_size:
+            # Honest tokenizers, too, have added tokens for which the model has no row.
+            raise BadRequest(f"The text has token {max(tokens)}, and this model's vocabulary ends at {vocab_size - 1}.")
+        return tokens
 
 
 class TextModels:
