@@ -1,0 +1,248 @@
+"""What is fuzzed: every place where a stranger's bytes become values.
+
+A target takes bytes and either returns or raises a `FallowError`; anything else is a finding. Where a signature guards
+what is inside, the fuzzer holds the key, so that the inside is reached.
+"""
+
+import json
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import msgspec
+
+from fallow.config import load
+from fallow.coordinator import checks
+from fallow.domain import fleet, frames
+from fallow.domain.charter import FleetPolicy, Halt
+from fallow.domain.errors import FallowError
+from fallow.domain.grants import Grant
+from fallow.domain.ids import Digest, ModelName, NodeId, SessionId
+from fallow.domain.model import Span, StageSpec
+from fallow.fabric.codec import FrameDecoder, encode
+from fallow.gateway.requests import decode_request, plan_chat, plan_completion, prompts_of, template_messages
+from fallow.gateway.schema import ChatRequest, CompletionRequest
+from fallow.models.gguf_file import open_gguf
+from fallow.models.importer import import_model
+from fallow.models.manifest import decode_manifest, encode_manifest
+from fallow.models.safetensors_header import build_header, read_header
+from fallow.models.store import Store
+from fallow.simulator.scenario import load_scenario
+from fallow.trust.envelope import Envelope, Kind, pre_authentication, seal, unseal
+from fallow.trust.keys import identity_of
+
+KEY = identity_of(b"\x07" * 32)
+NODE = KEY.node
+SESSION = SessionId("ab" * 16)
+MODEL = Digest("cd" * 32)
+ADDRESS = frames.PeerAddress(NODE, ("127.0.0.1:7000",))
+GRANT = Grant(
+    id="12" * 16, cell="home", session=SESSION, gateway=NODE, node=NODE, model=MODEL, span=Span(0, 15),
+    token_budget=512, issued_unix_s=1e9, expires_unix_s=1e9 + 600,
+)  # fmt: skip
+
+
+class Target(msgspec.Struct, frozen=True):
+    """A parser, and valid inputs to begin with."""
+
+    run: Callable[[bytes], object]
+    seeds: tuple[bytes, ...]
+
+
+# --- frames -----------------------------------------------------------------------------------------
+
+FRAMES = (
+    frames.Frame(frames.Hello(version_min=1, version_max=1, passport="x" * 40)),
+    frames.Frame(frames.OpenStage(session=SESSION, epoch=1, model=MODEL, span=Span(0, 15), reserve_tokens=64)),
+    frames.Frame(
+        frames.Flow(session=SESSION, epoch=1, previous=None, next=ADDRESS, forward_from=0, results_from=0, rewind_to=3)
+    ),
+    frames.Frame(
+        frames.Rows(
+            session=SESSION, epoch=1, position=0, count=2, phase=frames.Phase.PREFILL, logits_from=1, top_k=20
+        ),
+        bytes(8),
+    ),
+    frames.Frame(
+        frames.Result(session=SESSION, epoch=1, position=0, count=1, logit_count=1, k=1), bytes(8)
+    ),
+    frames.Frame(frames.Fault(session=SESSION, epoch=1, code="x", message="y", suspect=NODE)),
+    frames.Frame(frames.Chunk(digest=MODEL, index=0, found=True), b"content"),
+)  # fmt: skip
+
+
+def frame_codec(data: bytes) -> None:
+    """Two pieces of one stream, cut in the middle."""
+    decoder = FrameDecoder()
+    for piece in (data[: len(data) // 2], data[len(data) // 2 :]):
+        decoder.feed(piece)
+    decoder.finish()
+
+
+# --- signed documents -------------------------------------------------------------------------------
+
+
+def envelope_outside(data: bytes) -> None:
+    unseal(Kind.GRANT, Grant, data)
+
+
+def signed_body(data: bytes) -> None:
+    """Well signed nonsense of every kind."""
+    for kind, body in ((Kind.GRANT, Grant), (Kind.HALT, Halt), (Kind.ORDER, fleet.NodeCommand)):
+        signature = KEY.sign(pre_authentication(kind, data))
+        try:
+            unseal(kind, body, msgspec.msgpack.encode(Envelope(kind, data, NODE, signature)))
+        except FallowError:
+            continue
+
+
+# --- models -----------------------------------------------------------------------------------------
+
+
+def manifest(data: bytes) -> None:
+    decode_manifest(data)
+
+
+def _file(data: bytes, read: Callable[[Path], object]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "file"
+        path.write_bytes(data)
+        read(path)
+
+
+def safetensors(data: bytes) -> None:
+    _file(data, lambda path: read_header(path, 1 << 20))
+
+
+def gguf(data: bytes) -> None:
+    _file(data, open_gguf)
+
+
+# --- requests, bus messages, settings ---------------------------------------------------------------
+
+
+def chat_body(data: bytes) -> None:
+    request = decode_request(data, ChatRequest)
+    plan_chat(request)
+    template_messages(request.messages)
+
+
+def completion_body(data: bytes) -> None:
+    request = decode_request(data, CompletionRequest)
+    plan_completion(request)
+    prompts_of(request)
+
+
+BEAT = fleet.Heartbeat(
+    node=NODE, name="desk", sequence=1, boot="b", address=ADDRESS, memory_bytes=1 << 30, kv_budget_bytes=1 << 28,
+    kv_free_bytes=1 << 27, hosted=(
+        fleet.HostedStage(
+            stage=StageSpec(model=MODEL, pieces=(Span(0, 3), Span(3, 6))), status=fleet.StageStatus.READY,
+            speed=fleet.Speed(layer_s_1=1e-3, layer_s_4=2e-3, layer_s_8=3e-3),
+        ),
+    ), cached={MODEL: (Span(0, 6),)}, link_rtt_s={NODE: 0.01},
+    outlook=fleet.Outlook(survival=(1.0, 0.9, 0.8, 0.5, 0.2), expected_s=5e4),
+)  # fmt: skip
+KEPT = fleet.Hop(address=ADDRESS, span=Span(0, 3))
+ROUTE = fleet.RouteRequest(model=MODEL, session=SESSION, reserve_tokens=64, exclude=(NODE,), keep=(KEPT,))
+REPORT = fleet.GatewayReport(gateway=NODE, url="http://127.0.0.1", sessions=1, tokens_per_s=1.0, chains=((NODE,),))
+
+
+def bus_messages(data: bytes) -> None:
+    readers: tuple[Callable[[], object], ...] = (
+        lambda: checks.heartbeat(f"fallow.home.node.{NODE}.heartbeat", data),
+        lambda: checks.gateway_request(f"fallow.home.gateway.{NODE}.route", data),
+        lambda: checks.gateway_report(f"fallow.home.gateway.{NODE}.report", data),
+        lambda: checks.store_announced(f"fallow.home.gateway.{NODE}.store", data),
+        lambda: checks.leaving(f"fallow.home.node.{NODE}.leaving", data),
+        lambda: checks.cell_question(data),
+        lambda: checks.cell_digest("fallow.cells.home.digest", data),
+        lambda: checks.files_found(data),
+        lambda: checks.route_reply(data, ROUTE, 30),
+    )
+    for read in readers:
+        try:
+            read()
+        except FallowError:
+            continue
+
+
+def settings(data: bytes) -> None:
+    def read(path: Path) -> object:
+        path = path.rename(path.with_name("fallow.toml"))
+        return load({}, {}, path)
+
+    _file(data, read)
+
+
+def scenario(data: bytes) -> None:
+    _file(data, load_scenario)
+
+
+def _encoded(*values: object) -> tuple[bytes, ...]:
+    return tuple(msgspec.json.encode(value) for value in values)
+
+
+SMALL = Path(__file__).parents[1] / "fixtures" / "families" / "llama"
+SCENARIOS = Path(__file__).parents[2] / "src" / "fallow" / "simulator" / "scenarios"
+CHAT = {
+    "model": "m", "messages": [{"role": "user", "content": [{"type": "text", "text": "hi"}]}], "temperature": 0.5,
+    "top_p": 0.9, "stop": ["a"], "logit_bias": {"3": 1.5}, "logprobs": True, "top_logprobs": 3, "n": 2, "seed": 4,
+    "stream": True, "stream_options": {"include_usage": True}, "max_completion_tokens": 10,
+}  # fmt: skip
+COMPLETION = {"model": "m", "prompt": [[1, 2], [3]], "max_tokens": 5, "echo": False, "logprobs": 2, "stop": "x"}
+TOML = b"""cell = "home"
+local_nodes = 2
+[node]
+memory_bytes = "2GiB"
+available = ["mon-fri 18:00-08:00"]
+[[gateway.keys]]
+id = "a"
+sha256 = "0000000000000000000000000000000000000000000000000000000000000000"
+"""
+
+
+def _gguf_seed() -> bytes:
+    import gguf as library
+    import numpy as np
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "seed.gguf"
+        writer = library.GGUFWriter(path, "llama")
+        writer.add_uint32("llama.block_count", 1)
+        writer.add_array("tokenizer.ggml.tokens", ["a", "b"])
+        writer.add_tensor("token_embd.weight", np.zeros((2, 32), np.float32))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        return path.read_bytes()
+
+
+def _manifest_seed() -> bytes:
+    with tempfile.TemporaryDirectory() as folder:
+        return encode_manifest(import_model(SMALL, Store(Path(folder)), name=ModelName("seed")).manifest)
+
+
+def _safetensors_seed() -> bytes:
+    header = build_header([("a", "F32", (2, 2)), ("b", "U8", (4,))])
+    return header + bytes(20)
+
+
+def targets() -> dict[str, Target]:
+    """Every target by name."""
+    signed: Sequence[msgspec.Struct] = (GRANT, Halt(network="n", epoch=1, why="w", issued_unix_s=1.0))
+    order = fleet.PlaceStage(stage=BEAT.hosted[0].stage, manifest_bytes=10, sources=(ADDRESS,), epoch=3)
+    return {
+        "frame_codec": Target(frame_codec, tuple(encode(frame) for frame in FRAMES)),
+        "envelope": Target(envelope_outside, tuple(seal(Kind.GRANT, each, KEY) for each in signed)),
+        "signed_body": Target(signed_body, _encoded(*signed, order, FleetPolicy(epoch=1))),
+        "manifest": Target(manifest, (_manifest_seed(),)),
+        "safetensors": Target(safetensors, (_safetensors_seed(),)),
+        "gguf": Target(gguf, (_gguf_seed(),)),
+        "chat_body": Target(chat_body, (json.dumps(CHAT).encode(),)),
+        "completion_body": Target(completion_body, (json.dumps(COMPLETION).encode(),)),
+        "bus_messages": Target(bus_messages, _encoded(BEAT, ROUTE, REPORT, fleet.NodeLeaving(node=NodeId(NODE)))),
+        "settings": Target(settings, (TOML,)),
+        "scenario": Target(scenario, tuple(path.read_bytes() for path in sorted(SCENARIOS.glob("*.toml")))),
+    }
