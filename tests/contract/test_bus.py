@@ -1,4 +1,4 @@
-"""The `Bus` contract, on the in-memory bus and on NATS with a real server."""
+"""The `Bus` contract: in memory, and on NATS with a real server, by password and by passport."""
 
 import asyncio
 import os
@@ -13,39 +13,61 @@ import pytest
 
 from fallow.domain.errors import BusMessageError, BusTimeout, BusUnavailable, ConfigError
 from fallow.fabric import broker as broker_module
-from fallow.fabric import disconnects, nats_bus
+from fallow.fabric import disconnects, nats_client
 from fallow.fabric.broker import Broker, ServerBinary, find_server
 from fallow.fabric.contract import MAX_BUS_MESSAGE_BYTES, Bus, PresenceWatcher
 from fallow.fabric.disconnects import NatsPresence
 from fallow.fabric.memory import MemoryFabric
 from fallow.fabric.nats_bus import NatsBus
+from fallow.trust.passports import Held
+from tests.contract.networks import TestNetwork
 from tests.unit.fabric.support import eventually, node_id
 
-ADAPTERS = ["memory", "nats"]
+ADAPTERS = ["memory", "nats", "trusted"]
 
 
 class Rig:
     """One bus server, and what a test may do to it."""
 
-    def __init__(self, fabric: MemoryFabric | None, broker: Broker | None) -> None:
-        self.fabric, self.broker = fabric, broker
+    def __init__(self, fabric: MemoryFabric | None, broker: Broker | None, network: TestNetwork | None) -> None:
+        self.fabric, self.broker, self.network = fabric, broker, network
         self.buses: list[Bus] = []
+        self._names: dict[str, str] = {}
 
     async def connect(self, name: str = "someone") -> Bus:
         bus: Bus
         if self.broker is not None:
-            bus = await NatsBus.connect(self.broker.urls, name)
+            bus = await NatsBus.connect(self.broker.urls, name, self.credentials(name))
         else:
             assert self.fabric is not None
             bus = self.fabric.bus(name)
         self.buses.append(bus)
         return bus
 
-    def presence(self) -> PresenceWatcher:
-        if self.broker is not None:
+    def credentials(self, name: str) -> Held | None:
+        """With passports, everybody goes by a key; the tests go by names."""
+        if self.network is None:
+            return None
+        held = self.network.anything(name)
+        self._names[held.identity.node] = name
+        return held
+
+    async def watch(self, on_disconnect: Callable[[str, str], None]) -> PresenceWatcher:
+        def told(who: str, reason: str) -> None:
+            on_disconnect(self._names.get(who, who), reason)
+
+        watcher = self._watcher()
+        await watcher.start(told)
+        return watcher
+
+    def _watcher(self) -> PresenceWatcher:
+        if self.broker is None:
+            assert self.fabric is not None
+            return self.fabric.presence()
+        if self.network is None:
+            assert self.broker.system_url is not None
             return NatsPresence(self.broker.system_url)
-        assert self.fabric is not None
-        return self.fabric.presence()
+        return NatsPresence(self.broker.urls[0], self.network.presence(), self.network.account_name)
 
     async def restart(self) -> None:
         """The server dies and comes back."""
@@ -60,10 +82,12 @@ class Rig:
 
 @asynccontextmanager
 async def rig(adapter: str, state: Path) -> AsyncIterator[Rig]:
-    broker = Broker(state / "broker") if adapter == "nats" else None
+    network = TestNetwork() if adapter == "trusted" else None
+    trust = None if network is None else network.bus_trust()
+    broker = None if adapter == "memory" else Broker(state / "broker", trust=trust)
     if broker is not None:
         await broker.start()
-    made = Rig(MemoryFabric() if broker is None else None, broker)
+    made = Rig(MemoryFabric() if broker is None else None, broker, network)
     try:
         yield made
     finally:
@@ -263,9 +287,8 @@ def test_a_lost_client_is_reported_once_and_a_reconnected_one_is_not(adapter: st
         async with rig(adapter, tmp_path) as r:
             early, late = node_id(1), node_id(2)
             first = await r.connect(early)
-            presence = r.presence()
             gone: list[str] = []
-            await presence.start(lambda name, _: gone.append(name))
+            presence = await r.watch(lambda name, _: gone.append(name))
             twin = await r.connect(early)
             second = await r.connect(late)
             await first.close()  # the name is still connected through its twin
@@ -289,8 +312,7 @@ def test_whoever_was_connected_before_is_known_however_many_they_are(
                 await r.connect(f"other-{index}")
             twins = [await r.connect("twin"), await r.connect("twin")]
             lost: list[str] = []
-            watcher = r.presence()
-            await watcher.start(lambda name, _: lost.append(name))
+            watcher = await r.watch(lambda name, _: lost.append(name))
             await twins[0].close()
             await (await r.connect("marker")).close()
             await eventually(lambda: "marker" in lost)
@@ -305,14 +327,13 @@ def test_whoever_was_connected_before_is_known_however_many_they_are(
 def test_a_client_that_is_behind_with_its_messages_does_not_take_the_server_for_dead(
     adapter: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(nats_bus, "PING_INTERVAL_S", 0.05)
+    monkeypatch.setattr(nats_client, "PING_INTERVAL_S", 0.05)
 
     async def main() -> None:
         async with rig(adapter, tmp_path) as r:
             busy, other = await r.connect("busy"), await r.connect("other")
             lost: list[str] = []
-            watcher = r.presence()
-            await watcher.start(lambda name, _: lost.append(name))
+            watcher = await r.watch(lambda name, _: lost.append(name))
             count = 0
 
             async def work(_: str, __: bytes) -> None:
@@ -336,8 +357,8 @@ def test_a_killed_process_is_reported_at_once(adapter: str, tmp_path: Path) -> N
         async def crash() -> None:
             async with rig(adapter, tmp_path) as r:
                 await r.connect(node_id(7))
-                presence, gone = r.presence(), []  # type: ignore[var-annotated]
-                await presence.start(lambda name, _: gone.append(name))
+                gone: list[str] = []
+                await r.watch(lambda name, _: gone.append(name))
                 assert r.fabric is not None
                 r.fabric.crash(node_id(7))
                 await eventually(lambda: gone == [node_id(7)])
@@ -348,24 +369,29 @@ def test_a_killed_process_is_reported_at_once(adapter: str, tmp_path: Path) -> N
     async def main() -> None:
         async with rig(adapter, tmp_path) as r:
             assert r.broker is not None
-            presence = r.presence()
             gone: list[str] = []
-            await presence.start(lambda name, _: gone.append(name))
+            presence = await r.watch(lambda name, _: gone.append(name))
+            held = r.credentials("child")
+            secrets = [] if held is None else [held.passport, held.identity.seed.hex(), held.authority_pem]
             code = (
                 "import asyncio, sys\n"
                 "from fallow.fabric.nats_bus import NatsBus\n"
+                "from fallow.trust.keys import identity_of\n"
+                "from fallow.trust.passports import Held\n"
                 "async def main():\n"
-                "    await NatsBus.connect(sys.argv[1], sys.argv[2]); print('ready', flush=True)\n"
+                "    url, name, *held = sys.argv[1:]\n"
+                "    held = Held(held[0], identity_of(bytes.fromhex(held[1])), held[2]) if held else None\n"
+                "    await NatsBus.connect(url, name, held); print('ready', flush=True)\n"
                 "    await asyncio.sleep(60)\n"
                 "asyncio.run(main())\n"
             )
             child = await asyncio.create_subprocess_exec(
-                sys.executable, "-c", code, r.broker.urls[0], node_id(7), stdout=asyncio.subprocess.PIPE
+                sys.executable, "-c", code, r.broker.urls[0], "child", *secrets, stdout=asyncio.subprocess.PIPE
             )
             assert child.stdout is not None
             assert await asyncio.wait_for(child.stdout.readline(), 20) == b"ready\n"
             child.kill()
-            await eventually(lambda: gone == [node_id(7)], within_s=2)
+            await eventually(lambda: gone == ["child"], within_s=2)
             await child.wait()
             await presence.close()
 
@@ -373,8 +399,8 @@ def test_a_killed_process_is_reported_at_once(adapter: str, tmp_path: Path) -> N
 
 
 def test_wrong_credentials_and_absent_servers_are_named(adapter: str, tmp_path: Path) -> None:
-    if adapter == "memory":
-        return
+    if adapter != "nats":
+        return  # of passports: test_bus_rights.py
 
     async def main() -> None:
         async with rig(adapter, tmp_path) as r:
@@ -391,20 +417,22 @@ def test_wrong_credentials_and_absent_servers_are_named(adapter: str, tmp_path: 
 def test_the_broker_keeps_port_and_secrets_private_and_stable(adapter: str, tmp_path: Path) -> None:
     if adapter == "memory":
         return
+    trust = TestNetwork().bus_trust() if adapter == "trusted" else None
+    private = ["nats.conf", "broker.json"] + ["bus.key", "bus.pem", "accounts"] * (trust is not None)
 
     async def main() -> None:
         state = tmp_path / "state"
-        broker = Broker(state)
+        broker = Broker(state, trust=trust)
         await broker.start()
         urls, pid = broker.urls, broker.pid
         assert broker.server is not None and broker.server == await find_server()
-        assert [path.stat().st_mode & 0o077 for path in (state, state / "nats.conf", state / "broker.json")] == [0] * 3
+        assert [(state / path).stat().st_mode & 0o077 for path in ["", *private]] == [0] * (len(private) + 1)
         await broker.close()
         await broker.close()
         assert pid is not None
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
-        again = Broker(state)
+        again = Broker(state, trust=trust)
         await again.start()
         assert again.urls == urls
         rival = Broker(tmp_path / "rival", port=int(urls[0].rsplit(":", 1)[1]))
@@ -422,7 +450,7 @@ def test_the_broker_keeps_port_and_secrets_private_and_stable(adapter: str, tmp_
 def test_a_server_that_cannot_be_restarted_is_given_up(
     adapter: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if adapter == "memory":
+    if adapter != "nats":
         return
     monkeypatch.setattr(broker_module, "RESTART_WAIT_S", 0.001)
 
@@ -441,7 +469,7 @@ def test_a_server_that_cannot_be_restarted_is_given_up(
 
 @pytest.mark.skipif(sys.platform != "linux", reason="PR_SET_PDEATHSIG is Linux's")
 def test_the_server_never_outlives_a_killed_parent(adapter: str, tmp_path: Path) -> None:
-    if adapter == "memory":
+    if adapter != "nats":
         return
 
     async def main() -> None:

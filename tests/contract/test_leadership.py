@@ -1,4 +1,4 @@
-"""The `LeaseKey` contract, in memory and on JetStream with a real server."""
+"""The `LeaseKey` contract: in memory, and on JetStream with a real server, by password and by passport."""
 
 import asyncio
 import os
@@ -18,9 +18,10 @@ from fallow.fabric.memory import MemoryFabric
 from fallow.fabric.memory_lease import MemoryLeases
 from fallow.fabric.nats_bus import NatsBus
 from fallow.fabric.nats_lease import NatsLease
+from tests.contract.networks import TestNetwork, person
 from tests.unit.fabric.support import eventually
 
-ADAPTERS = ["memory", "nats"]
+ADAPTERS = ["memory", "nats", "trusted"]
 TTL_S = 1.0
 LATE_MAX_S = 3.0
 """How long after its time a value may still be there: the server sweeps at intervals."""
@@ -29,8 +30,8 @@ LATE_MAX_S = 3.0
 class Rig:
     """One bus server, and what a test may do to it."""
 
-    def __init__(self, fabric: MemoryFabric | None, broker: Broker | None) -> None:
-        self.fabric, self.broker = fabric, broker
+    def __init__(self, fabric: MemoryFabric | None, broker: Broker | None, network: TestNetwork | None) -> None:
+        self.fabric, self.broker, self.network = fabric, broker, network
         self._leases = None if fabric is None else MemoryLeases(fabric.hub, TTL_S)
         self._clients: list[NatsBus] = []
 
@@ -39,8 +40,20 @@ class Rig:
         if self.broker is None:
             assert self.fabric is not None and self._leases is not None
             return self._leases.key(self.fabric.bus("someone"), name)
-        self._clients.append(await NatsBus.connect(self.broker.urls, "someone"))
+        self._clients.append(await self.connect("someone"))
         return await NatsLease.open(self._clients[-1], "fallow_test", name, TTL_S)
+
+    async def connect(self, name: str) -> NatsBus:
+        assert self.broker is not None
+        held = None if self.network is None else self.network.anything(name)
+        return await NatsBus.connect(self.broker.urls, name, held)
+
+    def presence(self) -> NatsPresence:
+        assert self.broker is not None
+        if self.network is None:
+            assert self.broker.system_url is not None
+            return NatsPresence(self.broker.system_url)
+        return NatsPresence(self.broker.urls[0], self.network.presence(), self.network.account_name)
 
     def crash_server(self) -> None:
         """The server dies and comes back."""
@@ -58,11 +71,14 @@ class Rig:
 
 
 @asynccontextmanager
-async def rig(adapter: str, state: Path) -> AsyncIterator[Rig]:
-    broker = Broker(state / "broker") if adapter == "nats" else None
+async def rig(adapter: str, state: Path, network: TestNetwork | None = None) -> AsyncIterator[Rig]:
+    if adapter == "trusted" and network is None:
+        network = TestNetwork()
+    trust = None if network is None else network.bus_trust()
+    broker = None if adapter == "memory" else Broker(state / "broker", trust=trust)
     if broker is not None:
         await broker.start()
-    made = Rig(MemoryFabric() if broker is None else None, broker)
+    made = Rig(MemoryFabric() if broker is None else None, broker, network)
     try:
         yield made
     finally:
@@ -196,9 +212,11 @@ def test_a_server_that_lost_its_store_still_gives_higher_revisions(adapter: str,
     if adapter == "memory":
         return
 
+    network = TestNetwork() if adapter == "trusted" else None
+
     async def main() -> None:
         state = tmp_path / "broker"
-        async with rig(adapter, tmp_path) as r:
+        async with rig(adapter, tmp_path, network) as r:
             key = await r.key()
             held = await key.write(b"a", 0)
             assert held is not None
@@ -207,7 +225,7 @@ def test_a_server_that_lost_its_store_still_gives_higher_revisions(adapter: str,
                 assert renewed is not None
                 held = renewed
         shutil.rmtree(state / "jetstream")
-        async with rig(adapter, tmp_path) as r:
+        async with rig(adapter, tmp_path, network) as r:
             key = await r.key()
             assert await key.read() is None
             taken = await key.write(b"b", 0)
@@ -235,7 +253,7 @@ def test_a_bucket_that_is_removed_under_its_users_is_made_again(adapter: str, tm
 
 
 def test_a_server_without_jetstream_is_named(adapter: str, tmp_path: Path) -> None:
-    if adapter == "memory":
+    if adapter != "nats":
         return
 
     async def main() -> None:
@@ -270,16 +288,18 @@ def test_a_loss_is_told_also_after_the_server_was_restarted(adapter: str, tmp_pa
         async with rig(adapter, tmp_path) as r:
             assert r.broker is not None
             gone: list[str] = []
-            buses = [await NatsBus.connect(r.broker.urls, f"client-{index}") for index in range(4)]
-            presence = NatsPresence(r.broker.system_url)
+            names = [f"client-{index}" for index in range(4)]
+            buses = [await r.connect(name) for name in names]
+            ids = names if r.network is None else [person(name).node for name in names]
+            presence = r.presence()
             await presence.start(lambda name, _: gone.append(name))
             r.crash_server()
             await eventually(lambda: not any(bus.connected for bus in buses))
             await eventually(lambda: all(bus.connected for bus in buses), within_s=20)
-            late = await NatsBus.connect(r.broker.urls, "late")
+            late = await r.connect("late")
             for index in (3, 0, 2, 1):
                 await buses[index].close()
-                await eventually(lambda index=index: gone[-1:] == [f"client-{index}"])  # type: ignore[misc]
+                await eventually(lambda index=index: gone[-1:] == [ids[index]])  # type: ignore[misc]
             assert len(gone) == 4
             await late.close()
             await presence.close()

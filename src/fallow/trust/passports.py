@@ -1,0 +1,202 @@
+"""Passports: issued by the registrar with the account's key, read by everybody who pins that account.
+
+Rules
+- A passport is the NATS user JWT of `jwt.py` with three tags: role, tier and cell. Nothing else may stand among them.
+- What was verified once is remembered by its whole text, in a bounded cache, so that a repeat costs no signature. Time
+  and revocations are looked at on every reading.
+- Revocations come as a whole list, signed by the registrar, and only a newer one is taken. What was told once is kept
+  for `REVOCATION_KEPT_S` from when it was heard last, even if a newer list leaves it out: a list has no room for more
+  than so many, and a registrar whose database was restored has forgotten some.
+"""
+
+from collections import OrderedDict
+from typing import Final
+
+import msgspec
+
+from fallow.domain.clock import Clock
+from fallow.domain.credentials import PASSPORT_GRACE_S, PASSPORT_LIFE_S, Passport, RevocationList, Role
+from fallow.domain.errors import PassportRefused, RequestRefused, SignatureInvalid
+from fallow.domain.fleet import Tier
+from fallow.domain.ids import NodeId
+from fallow.domain.network import Network
+from fallow.policy.bus_rights import BusRights, claims_rights, presence_rights, rights_of
+from fallow.policy.enrolment import REVOCATION_KEPT_S
+from fallow.trust import envelope
+from fallow.trust.jwt import NAME_CHARS_MAX, account_nkey, read_user, user_jwt
+from fallow.trust.keys import Identity
+
+VERIFIED_MAX: Final = 4096
+"""Passports remembered as well signed: twice a large cell's devices and gateways."""
+
+REVOCATIONS_KEPT_MAX: Final = 10_000
+"""Revoked keys remembered; of more, those heard of longest ago go."""
+
+_TIERS: Final = {str(int(tier)): tier for tier in Tier}
+
+
+def issue(
+    account: Identity,
+    *,
+    node: NodeId,
+    role: Role,
+    tier: Tier,
+    cell: str,
+    name: str,
+    issued_unix_s: float,
+    life_s: float = PASSPORT_LIFE_S,
+    rights: BusRights | None = None,
+) -> str:
+    """A passport for a key, as text. The rights are those of the role, unless narrower ones are given.
+
+    Raises `RequestRefused` for a life, name, cell or key that no passport may have.
+    """
+    if not 0 < life_s <= PASSPORT_LIFE_S:
+        raise RequestRefused(f"expected a passport for up to {PASSPORT_LIFE_S:.0f} s, got one for {life_s} s")
+    if len(name) > NAME_CHARS_MAX:
+        raise RequestRefused(f"expected a name of up to {NAME_CHARS_MAX} characters, got {len(name)}")
+    return user_jwt(
+        account,
+        node=node,
+        name=name,
+        issued_unix_s=issued_unix_s,
+        life_s=life_s,
+        rights=rights_of(role, node, cell) if rights is None else rights,
+        tags=(f"fallow:role={role}", f"fallow:tier={int(tier)}", f"fallow:cell={cell}"),
+    )
+
+
+def issue_presence(
+    system: Identity, *, node: NodeId, account: NodeId, issued_unix_s: float, life_s: float = PASSPORT_LIFE_S
+) -> str:
+    """Leave for a coordinator's key to hear who joins and leaves the bus. Opens the system account, and is no passport
+    to anybody else."""
+    rights = presence_rights(node, account_nkey(account))
+    return user_jwt(
+        system, node=node, name="presence", issued_unix_s=issued_unix_s, life_s=min(life_s, PASSPORT_LIFE_S),
+        rights=rights,
+    )  # fmt: skip
+
+
+def issue_claims(
+    system: Identity, *, node: NodeId, account: NodeId, issued_unix_s: float, life_s: float = PASSPORT_LIFE_S
+) -> str:
+    """Leave for the registrar's key to bring the server new revocations. Opens the system account."""
+    rights = claims_rights(node, account_nkey(account))
+    return user_jwt(
+        system, node=node, name="claims", issued_unix_s=issued_unix_s, life_s=min(life_s, PASSPORT_LIFE_S),
+        rights=rights,
+    )  # fmt: skip
+
+
+class Held(msgspec.Struct, frozen=True):
+    """`BusCredentials` of a passport that nobody renews: for what is over before it ends, and for tests."""
+
+    passport: str
+    identity: Identity
+    authority_pem: str
+
+    def sign(self, nonce: bytes) -> bytes:
+        """With the passport's key."""
+        return self.identity.sign_nonce(nonce)
+
+
+class PassportReader:
+    """The `Passports` of one network."""
+
+    def __init__(self, network: Network, clock: Clock) -> None:
+        self._account = network.account
+        self._registrar = network.registrar
+        self._cell = network.cell
+        self._clock = clock
+        self._verified: OrderedDict[str, Passport] = OrderedDict()
+        self._sequence = -1
+        self._revoked: OrderedDict[NodeId, tuple[float, float]] = OrderedDict()
+        """Until when passports of a key are void, and when that was heard last; the latest last."""
+
+    def read(self, text: str, holder: NodeId | None = None) -> Passport:
+        """Raises `PassportRefused`."""
+        passport = self._verified.get(text)
+        if passport is None:
+            passport = _passport(text, self._account)
+            self._verified[text] = passport
+            if len(self._verified) > VERIFIED_MAX:
+                self._verified.popitem(last=False)
+        else:
+            self._verified.move_to_end(text)
+        if holder is not None and passport.node != holder:
+            raise PassportRefused(f"expected the passport of {holder[:8]}, got that of {passport.node[:8]}")
+        now_s = self._clock.unix_s()
+        if now_s >= passport.expires_unix_s + PASSPORT_GRACE_S:
+            ago_s = now_s - passport.expires_unix_s
+            raise PassportRefused(f"the passport of {passport.node[:8]} expired {ago_s:.0f} s ago: it must be renewed")
+        if now_s < passport.issued_unix_s - PASSPORT_GRACE_S:
+            raise PassportRefused(
+                f"the passport of {passport.node[:8]} begins in {passport.issued_unix_s - now_s:.0f} s: "
+                "is one of the two clocks wrong?"
+            )
+        void = self._revoked.get(passport.node)
+        if void is not None and passport.issued_unix_s <= void[0]:
+            raise PassportRefused(f"the passport of {passport.node[:8]} was revoked")
+        return passport
+
+    def revoked(self, node: NodeId) -> bool:
+        """Whether a list names a key, or did not long ago."""
+        return node in self._revoked
+
+    @property
+    def sequence(self) -> int | None:
+        """Of the newest list of revocations; `None` before the first."""
+        return self._sequence if self._sequence >= 0 else None
+
+    def learn(self, sealed: bytes) -> RevocationList | None:
+        """Take a list of revocations, an envelope as it came. What is new, or `None` when it is not newer than what
+        is known. Raises `SignatureInvalid` unless this network's registrar signed it, for this cell."""
+        found, signer = envelope.unseal(envelope.Kind.REVOCATIONS, RevocationList, sealed)
+        if signer != self._registrar:
+            raise SignatureInvalid(
+                f"expected revocations signed by the registrar {self._registrar[:8]}, got them signed by {signer[:8]}"
+            )
+        if found.cell != self._cell:
+            raise SignatureInvalid(f"expected revocations of cell {self._cell}, got those of {found.cell[:40]}")
+        if found.sequence <= self._sequence:
+            return None
+        self._sequence = found.sequence
+        self._remember(found)
+        return found
+
+    def _remember(self, found: RevocationList) -> None:
+        now_s = self._clock.unix_s()
+        for revocation in found.revocations:
+            until_s, _ = self._revoked.get(revocation.node, (0.0, 0.0))
+            self._revoked[revocation.node] = (max(until_s, revocation.revoked_unix_s), now_s)
+            self._revoked.move_to_end(revocation.node)
+        for node in [node for node, (_, heard_s) in self._revoked.items() if now_s - heard_s >= REVOCATION_KEPT_S]:
+            del self._revoked[node]
+        while len(self._revoked) > REVOCATIONS_KEPT_MAX:
+            self._revoked.popitem(last=False)
+
+
+def _passport(text: str, account: str) -> Passport:
+    claims, node = read_user(text, account)
+    tags = dict(tag.partition("=")[::2] for tag in claims.nats.tags)
+    expected = {"fallow:role", "fallow:tier", "fallow:cell"}
+    if len(claims.nats.tags) != len(expected) or tags.keys() != expected:
+        raise PassportRefused("expected a passport that says role, tier and cell, got one that says other things")
+    tier = _TIERS.get(tags["fallow:tier"])
+    try:
+        role = Role(tags["fallow:role"])
+    except ValueError:
+        role = None
+    if role is None or tier is None:
+        raise PassportRefused("a passport of a role or tier that this release does not know: is it newer?")
+    return Passport(
+        node=node,
+        role=role,
+        tier=tier,
+        cell=tags["fallow:cell"],
+        name=claims.name,
+        issued_unix_s=float(claims.iat),
+        expires_unix_s=float(claims.exp or 0),
+        text=text,
+    )
