@@ -1,10 +1,11 @@
-"""The `Link` contract, on every adapter: in-memory, iroh, the local socket, and the two together."""
+"""The `Link` contract, on every adapter: in-memory, iroh, the local socket, the two together, and the sealed relay over
+both buses."""
 
 import asyncio
 import random
 import tempfile
-from collections.abc import AsyncIterator, Coroutine
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +14,21 @@ import pytest
 from fallow.domain.errors import FabricError, FrameError, LinkClosed
 from fallow.domain.frames import Chunk, Frame, PeerAddress, Rows
 from fallow.fabric import iroh_fast
-from fallow.fabric.contract import LINK_WINDOW_BYTES, LinkEndpoint
+from fallow.fabric.broker import Broker
+from fallow.fabric.contract import LINK_WINDOW_BYTES, Bus, LinkEndpoint
 from fallow.fabric.endpoint import CompositeEndpoint, open_endpoint
 from fallow.fabric.iroh_link import IrohEndpoint, IrohLink
 from fallow.fabric.link_core import LinkCore
 from fallow.fabric.local_handshake import Identity
 from fallow.fabric.local_link import LocalEndpoint, LocalLink
 from fallow.fabric.memory import MemoryFabric
+from fallow.fabric.nats_bus import NatsBus
+from fallow.fabric.sealed_endpoint import RelayEndpoint
 from tests.unit.fabric.support import chunk, eventually, rows
 
-pytestmark = pytest.mark.parametrize("adapter", ["memory", "iroh", "iroh-stock", "local", "composite"])
+pytestmark = pytest.mark.parametrize(
+    "adapter", ["memory", "iroh", "iroh-stock", "local", "composite", "relay-memory", "relay-nats"]
+)
 
 SEEDS = [bytes([number] * 32) for number in (1, 2, 3)]
 NODES = [Identity.from_seed(seed).node for seed in SEEDS]
@@ -41,13 +47,17 @@ def fast_path(adapter: str, monkeypatch: pytest.MonkeyPatch) -> None:
 @asynccontextmanager
 async def endpoints(adapter: str) -> AsyncIterator[tuple[LinkEndpoint, LinkEndpoint]]:
     made: list[LinkEndpoint] = []
-    with tempfile.TemporaryDirectory(prefix="fl") as folder:
+    async with AsyncExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="fl"))
         fabric = MemoryFabric()
+        connect_bus = await buses(stack, adapter, Path(folder), fabric) if adapter.startswith("relay") else None
         for seed, node in zip(SEEDS[:2], NODES[:2], strict=True):
             if adapter == "memory":
                 made.append(fabric.endpoint(node))
             elif adapter.startswith("iroh"):
                 made.append(await IrohEndpoint.bind(seed))
+            elif connect_bus is not None:
+                made.append(await RelayEndpoint.open(await connect_bus(node), "test", seed))
             elif adapter == "local":
                 made.append(await LocalEndpoint.open(seed, Path(folder) / "sockets"))
             else:
@@ -57,6 +67,23 @@ async def endpoints(adapter: str) -> AsyncIterator[tuple[LinkEndpoint, LinkEndpo
         finally:
             for endpoint in made:
                 await endpoint.close()
+
+
+async def buses(
+    stack: AsyncExitStack, adapter: str, folder: Path, fabric: MemoryFabric
+) -> Callable[[str], Awaitable[Bus]]:
+    """How a device gets its connection to the bus."""
+    broker = Broker(folder / "broker") if adapter == "relay-nats" else None
+    if broker is not None:
+        stack.push_async_callback(broker.close)
+        await broker.start()
+
+    async def connect(name: str) -> Bus:
+        bus: Bus = fabric.bus(name) if broker is None else await NatsBus.connect(broker.urls, name)
+        stack.push_async_callback(bus.close)
+        return bus
+
+    return connect
 
 
 @asynccontextmanager
@@ -347,7 +374,12 @@ def test_an_endpoint_that_closed_is_not_reachable_and_stops_accepting(adapter: s
             await b.close()
             with pytest.raises(StopAsyncIteration):
                 await accepting
-            if adapter in ("memory", "local"):  # elsewhere it takes the dial's whole timeout
+            if adapter in (
+                "memory",
+                "local",
+                "relay-memory",
+                "relay-nats",
+            ):  # elsewhere it takes the dial's whole timeout
                 with pytest.raises(LinkClosed):
                     await a.connect(address)
 

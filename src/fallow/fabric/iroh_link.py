@@ -40,6 +40,8 @@ WRITES_PER_PASS: Final = 8
 """Writes that one link may do in a row before others get their turn."""
 MAX_PENDING_INBOUND: Final = 64
 """Inbound connections that are being set up at once; more are refused."""
+OTHER_FABRICS: Final = ("unix:", "relay:")
+"""Endpoints that are no network addresses."""
 CLOSE_TIMEOUT_S: Final = 1.0
 """iroh waits for dead peers to confirm; nobody needs that."""
 
@@ -107,7 +109,7 @@ class IrohEndpoint:
         return PeerAddress(self._node, tuple(found))
 
     async def connect(self, address: PeerAddress) -> "IrohLink":
-        direct = [endpoint for endpoint in address.endpoints if not endpoint.startswith("unix:")]
+        direct = [endpoint for endpoint in address.endpoints if not endpoint.startswith(OTHER_FABRICS)]
         if not direct:
             raise LinkClosed(f"no network address of {address.node[:8]} is known")
         try:

@@ -149,7 +149,7 @@ class LinkCore(ABC):
         if self._decoder.failure is not None:
             self._garbage(self._decoder.failure)
 
-    def _garbage(self, error: FrameError) -> None:
+    def _garbage(self, error: FabricError) -> None:
         """End the link, and tell the peer what was wrong."""
         if self._end is None:
             self._write(_goodbye(error.code, error.message), b"")

@@ -99,8 +99,14 @@ class LocalEndpoint:
     def address(self) -> PeerAddress:
         return PeerAddress(self._identity.node, (SCHEME + str(self._path),))
 
-    async def connect(self, address: PeerAddress) -> "LocalLink":
+    def reaches(self, address: PeerAddress) -> Path | None:
+        """A peer's socket, if it is in our own folder: an address is a stranger's word, and must not make us talk to
+        other programs' sockets."""
         path = socket_path(address)
+        return path if path is not None and path.parent == self._path.parent else None
+
+    async def connect(self, address: PeerAddress) -> "LocalLink":
+        path = self.reaches(address)
         if path is None:
             raise LinkClosed(f"{address.node[:8]} has no socket on this host")
         handshake = _Opening(self._identity, Role.DIALLER, expected=address.node)
