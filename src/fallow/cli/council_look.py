@@ -1,0 +1,60 @@
+"""What is in force, looked up and verified, for `fallow council status` and for resuming."""
+
+from datetime import UTC, datetime
+
+from tuf.api.metadata import Root, Targets, Timestamp
+
+from fallow.cli.council_place import Place
+from fallow.cli.council_words import Situation
+from fallow.domain.charter import Halt
+from fallow.domain.ids import NodeId
+from fallow.policy.council import halt_holds
+from fallow.trust import tuf_format as tuf
+from fallow.trust.charter_client import HALTS_PATH
+from fallow.trust.charter_fetch import RepositoryFetcher
+from fallow.trust.council_files import read_base
+from fallow.trust.halts import HALTS_FILE_MAX_BYTES, decode_halts
+from fallow.trust.keys import load
+from fallow.trust.proposals import verify_base
+
+
+def look(place: Place) -> Situation:
+    """Raises `CharterInvalid`, `CharterUnavailable`, `ConfigError`."""
+    fetcher = place.fetcher()
+    base = read_base(fetcher)
+    root, targets, policy = verify_base(base)
+    timestamp = tuf.read(Timestamp, fetcher.get("metadata/timestamp.json", tuf.TIMESTAMP_MAX_BYTES) or b"")
+    tuf.verify_by(root, Timestamp.type, timestamp)
+    lists = {role: tuf.read(Targets, text).signed for role, text in base.delegated.items()}
+    names = tuf.member_names(root)
+    try:
+        own = load(place.paths.member_key).node
+    except FileNotFoundError:
+        own = None
+    return Situation(
+        network=place.name,
+        policy=policy,
+        members=names,
+        threshold=root.roles[Root.type].threshold,
+        publishers={role: tuf.publisher_names(targets, role) for role in tuf.delegated_roles(targets)},
+        models=len(tuf.signed_models(lists[tuf.MODELS].targets if tuf.MODELS in lists else {})),
+        root_expires=min(root.expires, targets.expires),
+        lists_expire={role: each.expires for role, each in lists.items()},
+        timestamp_expires=timestamp.signed.expires,
+        halts=[(names.get(who) or who[:8], halt) for who, halt in halts_in_force(fetcher, root, place, policy.epoch)],
+        own=own,
+        now=datetime.now(UTC),
+    )
+
+
+def halts_in_force(fetcher: RepositoryFetcher, root: Root, place: Place, epoch: int) -> list[tuple[NodeId, Halt]]:
+    """Raises `SignatureInvalid` for a damaged list of them."""
+    data = fetcher.get(HALTS_PATH, HALTS_FILE_MAX_BYTES)
+    if data is None or not place.network:
+        return []
+    members = frozenset(tuf.council_of(root).values())
+    return [
+        (signer, halt)
+        for _, signer, halt in decode_halts(data, place.network)
+        if halt_holds(halt, signer, members, place.network, epoch)
+    ]

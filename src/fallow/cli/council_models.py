@@ -1,0 +1,91 @@
+"""`fallow council sign-model` and `withdraw-model`: a publisher's work from any machine."""
+
+import re
+import time
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from fallow.cli.council_seats import NetworkFile, RegistrarUrl, Yes
+from fallow.cli.options import ConfigFile, StateDir, say
+from fallow.domain.errors import ConfigError
+from fallow.domain.ids import Digest
+
+if TYPE_CHECKING:
+    from fallow.cli.council_place import Place
+    from fallow.trust.keys import Identity
+    from fallow.trust.publication import InForce
+
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="A model's name in this machine's store, or its digest.")]
+
+
+def sign_model(
+    model: Model,
+    state_dir: StateDir = None,
+    config: ConfigFile = None,
+    network: NetworkFile = None,
+    registrar: RegistrarUrl = None,
+) -> None:
+    """Vouch for a model in this machine's store with this machine's publisher key: devices may load it.
+
+    On the machine that runs `fallow up`, `fallow model add` does this by itself.
+    """
+    from fallow.cli.council_place import place_of
+    from fallow.models.store import Store
+    from fallow.trust import tuf_format as tuf
+    from fallow.trust.publisher import listing
+
+    place = place_of(state_dir, config, network, registrar)
+    digest = _digest(place, model)
+    manifest = Store(place.paths.state / "models").manifest_bytes(digest)
+    state, publisher = _ready(place)
+    now_s = time.time()
+    place.publish(listing(state, tuf.MODELS, {f"models/{digest}.json": manifest}, publisher, now_s), now_s)
+    say(f"Signed {digest}. Devices may load it within seconds, or from their next check on.")
+
+
+def withdraw_model(
+    model: Model,
+    yes: Yes = False,
+    state_dir: StateDir = None,
+    config: ConfigFile = None,
+    network: NetworkFile = None,
+    registrar: RegistrarUrl = None,
+) -> None:
+    """Take a model off the list, with this machine's publisher key: devices load it no more, and drop it."""
+    from fallow.cli.council_place import confirmed, place_of
+    from fallow.trust import tuf_format as tuf
+    from fallow.trust.publisher import delisting
+
+    place = place_of(state_dir, config, network, registrar)
+    digest = _digest(place, model)
+    state, publisher = _ready(place)
+    confirmed(f"Every device drops the model {digest[:16]}… and the sessions that use it. Withdraw it?", yes)
+    now_s = time.time()
+    place.publish(delisting(state, tuf.MODELS, f"models/{digest}.json", publisher, now_s), now_s)
+    say(f"Withdrew {digest}.")
+
+
+def _ready(place: "Place") -> "tuple[InForce, Identity]":
+    from fallow.trust.council_files import in_force_of
+    from fallow.trust.keys import load
+
+    try:
+        publisher = load(place.paths.publisher_key)
+    except FileNotFoundError:
+        raise ConfigError(
+            "This machine has no publisher's key. `fallow council key --publisher` makes one, and `fallow council "
+            "propose --publisher` asks the council to let it publish."
+        ) from None
+    return in_force_of(place.base()), publisher
+
+
+def _digest(place: "Place", model: str) -> Digest:
+    from fallow.models.store import Store
+
+    if _DIGEST.fullmatch(model):
+        return Digest(model)
+    digest, _ = Store(place.paths.state / "models").by_name(model)
+    return Digest(digest)

@@ -1,0 +1,169 @@
+"""What `fallow council …` shows: what a proposal changes, who must sign, and what is in force, in words."""
+
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import Any, Final
+
+from rich.table import Table
+from rich.text import Text
+
+from fallow.cli.options import console, say
+from fallow.domain.charter import FleetPolicy, Halt
+from fallow.domain.ids import NodeId
+from fallow.policy.council import quorum_remark
+from fallow.trust.proposals import Need, Review
+
+SOON_S: Final = 30 * 24 * 3600.0
+"""How long before the council must meet `status` begins to say so."""
+
+
+_SIGN_AGAIN: Final = (
+    "Its publisher signs it again: `fallow council sign-model NAME` with any model on it, or a signature under "
+    "`fallow council propose --renew`."
+)
+
+
+class Situation:
+    """What is in force, gathered for `status`."""
+
+    def __init__(
+        self,
+        *,
+        network: str,
+        policy: FleetPolicy,
+        members: dict[NodeId, str],
+        threshold: int,
+        publishers: dict[str, dict[NodeId, str]],
+        models: int,
+        root_expires: datetime,
+        lists_expire: dict[str, datetime],
+        timestamp_expires: datetime,
+        halts: Sequence[tuple[str, Halt]],
+        own: NodeId | None,
+        now: datetime,
+    ) -> None:
+        self.network = network
+        self.policy = policy
+        self.members = members
+        self.threshold = threshold
+        self.publishers = publishers
+        self.models = models
+        self.root_expires = root_expires
+        self.lists_expire = lists_expire
+        self.timestamp_expires = timestamp_expires
+        self.halts = halts
+        self.own = own
+        self.now = now
+
+    def facts(self) -> dict[str, Any]:
+        """For scripts."""
+        return {
+            "network": self.network,
+            "epoch": self.policy.epoch,
+            "lease_s": self.policy.lease_s,
+            "allowed_models": self.policy.allowed_models,
+            "version_min": self.policy.version_min,
+            "tier_min": self.policy.tier_min.name.lower(),
+            "signed_models": self.models,
+            "threshold": self.threshold,
+            "members": [{"name": name, "key": node, "you": node == self.own} for node, name in self.members.items()],
+            "publishers": {
+                role: [{"name": name, "key": node} for node, name in held.items()]
+                for role, held in self.publishers.items()
+            },
+            "council_expires": self.root_expires.isoformat(),
+            "lists_expire": {role: moment.isoformat() for role, moment in self.lists_expire.items()},
+            "timestamp_expires": self.timestamp_expires.isoformat(),
+            "halts": [
+                {"by": name, "why": halt.why, "epoch": halt.epoch, "issued_unix_s": halt.issued_unix_s}
+                for name, halt in self.halts
+            ],
+        }
+
+    def sentences(self) -> list[str]:
+        """For people, the most urgent first."""
+        policy = self.policy
+        lines = [f"HALTED by {name} on {_day(halt.issued_unix_s)}: {_plain(halt.why)}" for name, halt in self.halts]
+        if self.halts:
+            lines.append("Only the council together resumes: `fallow council propose --resume`, sign, publish.")
+        elif self.timestamp_expires <= self.now:
+            lines.append(
+                f"Nobody works: the last timestamp expired at {_time(self.timestamp_expires)}. The registrar renews "
+                "it while it runs."
+            )
+        else:
+            lines.append(f"Devices may work, for now until {_time(self.timestamp_expires)}; the registrar renews that.")
+        people = ", ".join(
+            f"{name or node[:8]}{' (you)' if node == self.own else ''}" for node, name in self.members.items()
+        )
+        lines.append(f"The council: {self.threshold} of {len(self.members)} must sign: {people}.")
+        remark = quorum_remark(len(self.members), self.threshold)
+        if remark is not None:
+            lines.append(remark)
+        lines.append(_policy_sentence(policy, self.models))
+        for role, held in self.publishers.items():
+            lines.append(f"Publishers of {role}: {', '.join(name or node[:8] for node, name in held.items())}.")
+        for role, expires in self.lists_expire.items():
+            if expires <= self.now:
+                lines.insert(0, f"The list of {role} ran out on {expires:%d %B %Y}, and lists nothing. {_SIGN_AGAIN}")
+            elif (expires - self.now).total_seconds() < SOON_S:
+                lines.insert(0, f"SOON: the list of {role} runs out on {expires:%d %B %Y}. {_SIGN_AGAIN}")
+        if not self.publishers:
+            lines.append("Nobody may publish models, so that none can be loaded.")
+        by = f"The council must meet again (`fallow council propose --renew`) before {self.root_expires:%d %B %Y}."
+        if (self.root_expires - self.now).total_seconds() < SOON_S:
+            lines.insert(0, f"SOON: {by}")
+        else:
+            lines.append(by)
+        return lines
+
+
+def show_review(review: Review) -> None:
+    """The changes and the signatures, as tables."""
+    if review.changes:
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        for column in ("what", "now", "then"):
+            table.add_column(column, overflow="fold")  # a key that was cut could be another one
+        for change in review.changes:
+            style = "yellow" if change.before and change.after else "green" if change.after else "red"
+            table.add_row(Text(_plain(change.what)), Text(_plain(change.before)), Text(_plain(change.after), style))
+        console.print(table)
+    else:
+        say("It changes nothing; it only makes what is in force good for longer.")
+    say("")
+    for need in review.needs:
+        say(_need_sentence(need))
+
+
+def _need_sentence(need: Need) -> str:
+    signed = f"signed by {', '.join(need.signed)}" if need.signed else "signed by nobody yet"
+    still = f"; these still may: {', '.join(need.may_sign)}" if need.may_sign and not need.is_met else ""
+    return f"{'✓' if need.is_met else '✗'} {need.document} ({len(need.signed)} of {need.needed}): {signed}{still}"
+
+
+def _policy_sentence(policy: FleetPolicy, models: int) -> str:
+    signed = f"{models} model{'s are' if models != 1 else ' is'} signed"
+    allowed = (
+        "all of them are allowed" if policy.allowed_models is None else f"{len(policy.allowed_models)} are allowed"
+    )
+    oldest = "" if policy.version_min == "0" else f" Fallow must be {_plain(policy.version_min)} or newer."
+    return (
+        f"Policy of epoch {policy.epoch}: {signed}, and {allowed}; a lease lasts {policy.lease_s:g} s; devices of tier "
+        f"{policy.tier_min.name.lower()} or higher.{oldest}"
+    )
+
+
+def _plain(text: str) -> str:
+    """A stranger's text on one line, without what moves a terminal's cursor."""
+    return "".join(each if each.isprintable() else "�" for each in text)
+
+
+def _day(unix_s: float) -> str:
+    try:
+        return f"{datetime.fromtimestamp(unix_s, UTC):%d %B %Y, %H:%M} UTC"
+    except (ValueError, OverflowError, OSError):
+        return "a day that no calendar has"
+
+
+def _time(moment: datetime) -> str:
+    return f"{moment:%d %B, %H:%M:%S} UTC"
