@@ -8,9 +8,12 @@ and no logging is configured: both belong to the process.
 
 import asyncio
 import contextlib
+import functools
 import socket
-from collections.abc import Generator
-from typing import Any
+import ssl
+from collections import Counter
+from collections.abc import Callable, Generator
+from typing import Any, Final
 
 import h11
 import msgspec
@@ -20,12 +23,18 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from fallow.domain.errors import ConfigError
 from fallow.gateway.problems import Problem, http_problem, overloaded
+from fallow.policy.subscribers import subscriber_of
+
+REFUSED_AT_ONCE_MAX: Final = 128
+"""Connections of busy addresses that are closed before the event loop does something else."""
 
 
 class ServerLimits(msgspec.Struct, frozen=True, kw_only=True):
     """Bounds on connections."""
 
     max_connections: int = 1024
+    max_connections_per_address: int | None = None
+    """Of one IPv4 address, or one /64 of IPv6; more are closed before anything is read, TLS included."""
     max_header_bytes: int = 32 * 1024
     header_timeout_s: float = 10.0
     """From connecting, or from a header's first byte on a kept connection, to its last byte."""
@@ -43,13 +52,14 @@ class HttpServer:
     def __init__(self, server: "_Server", task: asyncio.Task[None], host: str, port: int) -> None:
         self._server = server
         self._task = task
+        self._scheme = "https" if server.config.is_ssl else "http"
         self.host = host
         self.port = port
 
     @property
     def url(self) -> str:
         host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"http://{host}:{self.port}"
+        return f"{self._scheme}://{host}:{self.port}"
 
     async def close(self) -> None:
         """Stop accepting, let running answers end for `shutdown_s`, then end them. Idempotent."""
@@ -57,13 +67,15 @@ class HttpServer:
         await asyncio.wait([self._task])
 
 
-async def serve(app: ASGIApp, host: str, port: int, limits: ServerLimits | None = None) -> HttpServer:
-    """Listen on `host` and `port` (0: any free one) and return once connections are accepted.
+async def serve(
+    app: ASGIApp, host: str, port: int, limits: ServerLimits | None = None, tls: ssl.SSLContext | None = None
+) -> HttpServer:
+    """Listen on `host` and `port` (0: any free one) and return once connections are accepted; with `tls`, HTTPS.
 
     Raises `ConfigError` when the address cannot be used.
     """
     limits = limits or ServerLimits()
-    listener = _listen(host, port, limits.backlog)
+    listener = _listen(host, port, limits)
     config = uvicorn.Config(
         app,
         http=_protocol(limits),
@@ -77,6 +89,7 @@ async def serve(app: ASGIApp, host: str, port: int, limits: ServerLimits | None 
         timeout_graceful_shutdown=limits.shutdown_s,
         h11_max_incomplete_event_size=limits.max_header_bytes,
         backlog=limits.backlog,
+        ssl_context_factory=None if tls is None else lambda *_: tls,
     )
     server = _Server(config)
     task = asyncio.create_task(server.serve(sockets=[listener]))
@@ -90,19 +103,65 @@ async def serve(app: ASGIApp, host: str, port: int, limits: ServerLimits | None 
     return HttpServer(server, task, host, listener.getsockname()[1])
 
 
-def _listen(host: str, port: int, backlog: int) -> socket.socket:
+class _Counted(socket.socket):
+    """A connection that is counted until it is closed."""
+
+    on_close: Callable[[], None] | None = None
+
+    def close(self) -> None:
+        on_close, self.on_close = self.on_close, None
+        if on_close is not None:
+            on_close()
+        super().close()
+
+
+class _Listener(socket.socket):
+    """A listening socket that closes at once what goes beyond `limit` connections of one address.
+
+    The event loop accepts by calling `accept`, and makes a protocol only after TLS: counting there would leave
+    handshakes that nobody ends uncounted.
+    """
+
+    limit: int | None = None
+
+    def __init__(self, family: int, kind: int, protocol: int) -> None:
+        super().__init__(family, kind, protocol)
+        self._counts: Counter[str] = Counter()
+
+    def accept(self) -> tuple[socket.socket, Any]:
+        if self.limit is None:
+            return super().accept()
+        for _ in range(REFUSED_AT_ONCE_MAX):
+            accepted, address = super().accept()
+            whose = subscriber_of(str(address[0]))
+            if self._counts[whose] < self.limit:
+                self._counts[whose] += 1
+                counted = _Counted(fileno=accepted.detach())
+                counted.on_close = functools.partial(self._let_go, whose)
+                return counted, address
+            accepted.close()
+        raise BlockingIOError  # the loop comes again
+
+    def _let_go(self, whose: str) -> None:
+        self._counts[whose] -= 1
+        if self._counts[whose] <= 0:
+            del self._counts[whose]
+
+
+def _listen(host: str, port: int, limits: ServerLimits) -> socket.socket:
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
-        listener = socket.socket(family, kind, protocol)
+        listener = _Listener(family, kind, protocol)
+        listener.limit = limits.max_connections_per_address
     except OSError as error:
         raise ConfigError(f"Cannot listen on {host!r}: {error}.") from error
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.setblocking(False)
         listener.bind(address)
-        listener.listen(backlog)
+        listener.listen(limits.backlog)
     except OSError as error:
         listener.close()
         raise ConfigError(f"Cannot listen on {host!r} port {port}: {error}. Choose another port.") from error

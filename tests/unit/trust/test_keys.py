@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from fallow.domain.errors import ConfigError
-from fallow.trust.keys import identity_of, load_or_create
+from fallow.domain.errors import ConfigError, SignatureInvalid
+from fallow.trust.keys import identity_of, load_or_create, verify
 
 
 def test_it_is_made_once_and_only_its_owner_may_read_it(tmp_path: Path) -> None:
@@ -41,3 +41,14 @@ def test_a_file_that_is_no_key_is_refused(tmp_path: Path, content: bytes) -> Non
 
 def test_the_seed_is_not_printed() -> None:
     assert "ff" * 8 not in repr(identity_of(b"\xff" * 32))
+
+
+@pytest.mark.parametrize("asked", [b"DSSEv1 12 fallow/grant 2 {}", b"", b"short", b"x" * 65, b"with space"])
+def test_a_bus_gets_no_signature_under_anything_but_a_nonce(asked: bytes) -> None:
+    with pytest.raises(SignatureInvalid, match="nonce"):
+        identity_of(b"\x01" * 32).sign_nonce(asked)
+
+
+def test_a_nonce_as_a_server_draws_it_is_signed() -> None:
+    who = identity_of(b"\x01" * 32)
+    verify(who.node, who.sign_nonce(b"Zx8kP0_-aQ1vB3c"), b"Zx8kP0_-aQ1vB3c")
