@@ -13,6 +13,7 @@ from fallow.domain.frames import Frame
 from fallow.domain.ids import NodeId
 from fallow.fabric.endpoint import open_endpoint
 from fallow.fabric.peers import Peers
+from fallow.trust.open_doors import OpenAdmission
 
 
 class SystemClock:
@@ -34,7 +35,14 @@ async def main() -> None:
         print("frame", flush=True)
         peers.post(peer, frame)
 
-    peers = Peers(endpoint, SystemClock(), role="node", on_frame=on_frame, on_lost=lambda *_: print("lost", flush=True))
+    peers = Peers(
+        endpoint,
+        SystemClock(),
+        role="node",
+        admission=OpenAdmission(),
+        on_frame=on_frame,
+        on_lost=lambda *_: print("lost", flush=True),
+    )
     await peers.start()
     print(json.dumps(endpoint.address.endpoints), flush=True)
     await asyncio.get_running_loop().run_in_executor(None, sys.stdin.readline)

@@ -121,7 +121,8 @@ def on_worker(worker, runner):
 def make(kind):
     if kind == "memory":
         return MemoryEngine(kv_budget_bytes=kv_budget_bytes(), call_s=lambda rows, layers: 1e-4, load_s=0.0)
-    return WorkerEngine(EngineSettings(**{**as_dict(SETTINGS), "kv_budget_bytes": kv_budget_bytes()}))
+    settings = EngineSettings(**{**as_dict(SETTINGS), "kv_budget_bytes": kv_budget_bytes()})
+    return WorkerEngine(settings, [model().folder])
 
 
 def as_dict(settings):

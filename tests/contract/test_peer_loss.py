@@ -21,6 +21,7 @@ from fallow.domain.frames import PeerAddress
 from fallow.fabric.endpoint import open_endpoint
 from fallow.fabric.local_handshake import Identity
 from fallow.fabric.peers import Peers
+from fallow.trust.open_doors import OpenAdmission
 from tests.contract.peer_process import SystemClock
 from tests.unit.fabric.support import eventually, rows
 
@@ -45,6 +46,7 @@ class Scene:
             self.endpoint,
             SystemClock(),
             role="gateway",
+            admission=OpenAdmission(),
             on_frame=lambda *_: setattr(self, "frames", self.frames + 1),
             on_lost=lambda _, reason: self.lost.append((time.monotonic(), reason)),
         )

@@ -4,22 +4,29 @@ A target takes bytes and either returns or raises a `FallowError`; anything else
 what is inside, the fuzzer holds the key, so that the inside is reached.
 """
 
+import base64
+import contextlib
+import functools
 import json
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import msgspec
+from tuf.api.metadata import Metadata, Root, Snapshot, Targets, Timestamp
 
 from fallow.config import load
 from fallow.coordinator import checks
 from fallow.domain import fleet, frames
 from fallow.domain.charter import FleetPolicy, Halt
-from fallow.domain.errors import FallowError
-from fallow.domain.grants import Grant
+from fallow.domain.credentials import Role
+from fallow.domain.errors import FallowError, SealBroken
+from fallow.domain.grants import Grant, Order
 from fallow.domain.ids import Digest, ModelName, NodeId, SessionId
 from fallow.domain.model import Span, StageSpec
+from fallow.fabric import sealing
 from fallow.fabric.codec import FrameDecoder, encode
+from fallow.fabric.local_handshake import Identity as LinkIdentity
 from fallow.gateway.requests import decode_request, plan_chat, plan_completion, prompts_of, template_messages
 from fallow.gateway.schema import ChatRequest, CompletionRequest
 from fallow.models.gguf_file import open_gguf
@@ -28,8 +35,18 @@ from fallow.models.manifest import decode_manifest, encode_manifest
 from fallow.models.safetensors_header import build_header, read_header
 from fallow.models.store import Store
 from fallow.simulator.scenario import load_scenario
+from fallow.trust import tuf_format
+from fallow.trust.council import Wanted, founding, publication_of, sign
+from fallow.trust.council_files import decode_proposal, encode_proposal, invitation_of, member_of_text, member_text
 from fallow.trust.envelope import Envelope, Kind, pre_authentication, seal, unseal
+from fallow.trust.halts import decode_halts, halt_of_text, halt_text, seal_halt
+from fallow.trust.jwt import account_nkey, read_user
 from fallow.trust.keys import identity_of
+from fallow.trust.passports import issue
+from fallow.trust.proposals import Proposal, review
+from fallow.trust.publication import decode_publication
+from fallow.trust.publication import verify as verify_publication
+from tests.fuzz import registrar_targets, rights_targets
 
 KEY = identity_of(b"\x07" * 32)
 NODE = KEY.node
@@ -47,6 +64,33 @@ class Target(msgspec.Struct, frozen=True):
 
     run: Callable[[bytes], object]
     seeds: tuple[bytes, ...]
+
+
+# --- passports --------------------------------------------------------------------------------------
+
+SIGNED_MARK = b"signed:"
+
+
+def passport(data: bytes) -> object:
+    """A passport as a stranger shows it, or, after `SIGNED_MARK`, any claims under the account's own signature."""
+    text = data.decode("utf-8", "replace")
+    if data.startswith(SIGNED_MARK):
+        start = f"{_PASSPORT.partition('.')[0]}.{_base64url(data[len(SIGNED_MARK) :])}"
+        text = f"{start}.{_base64url(KEY.sign(start.encode()))}"
+    return read_user(text, account_nkey(NODE))
+
+
+def passport_seeds() -> Sequence[bytes]:
+    """A good passport, and the claims of one."""
+    claims = _PASSPORT.split(".")[1]
+    return _PASSPORT.encode(), SIGNED_MARK + base64.urlsafe_b64decode(claims + "=" * (-len(claims) % 4))
+
+
+def _base64url(data: bytes) -> str:
+    return base64.urlsafe_b64encode(data).rstrip(b"=").decode()
+
+
+_PASSPORT = issue(KEY, node=NODE, role=Role.NODE, tier=fleet.Tier.KEYED, cell="home", name="n", issued_unix_s=1e9)
 
 
 # --- frames -----------------------------------------------------------------------------------------
@@ -88,12 +132,66 @@ def envelope_outside(data: bytes) -> None:
 
 def signed_body(data: bytes) -> None:
     """Well signed nonsense of every kind."""
-    for kind, body in ((Kind.GRANT, Grant), (Kind.HALT, Halt), (Kind.ORDER, fleet.NodeCommand)):
+    for kind, body in ((Kind.GRANT, Grant), (Kind.HALT, Halt), (Kind.ORDER, Order)):
         signature = KEY.sign(pre_authentication(kind, data))
         try:
             unseal(kind, body, msgspec.msgpack.encode(Envelope(kind, data, NODE, signature)))
         except FallowError:
             continue
+
+
+# --- the council's documents --------------------------------------------------------------------------
+
+
+def council_documents(data: bytes) -> None:
+    """TUF metadata of every role, and what Fallow asks of each beyond TUF."""
+    readers: tuple[Callable[[], object], ...] = (
+        lambda: tuf_format.check_root(tuf_format.read(Root, data).signed),
+        lambda: tuf_format.check_targets(tuf_format.read(Targets, data).signed),
+        lambda: tuf_format.signed_models(tuf_format.read(Targets, data).signed.targets),
+        lambda: tuf_format.read(Snapshot, data),
+        lambda: tuf_format.read(Timestamp, data),
+        lambda: tuf_format.decode_policy(data),
+        lambda: decode_halts(data, "n"),
+    )
+    for read in readers:
+        with contextlib.suppress(FallowError):
+            read()
+
+
+def council_proposals(data: bytes) -> None:
+    """What a member is asked to sign, and what anybody may post to the registrar."""
+    with contextlib.suppress(FallowError):
+        review(decode_proposal(data))
+    with contextlib.suppress(FallowError):
+        verify_publication(decode_publication(data), None, lambda _: False, 1e9)
+    text = data.decode("utf-8", "replace")
+    for read in (halt_of_text, invitation_of, lambda each: member_of_text(each, "")):
+        with contextlib.suppress(FallowError):
+            read(text)
+
+
+def _proposal_seed() -> Proposal:
+    wanted = Wanted(members={NODE: "a"}, threshold=1, online=NodeId("07" * 32), publishers={"models": {NODE: "a"}})
+    signed, _ = sign(founding(wanted, 1e9), [KEY])
+    return signed
+
+
+def _document_seeds() -> tuple[bytes, ...]:
+    proposed = _proposal_seed()
+    halt = seal_halt(KEY, "n", 1, "w", 1.0)
+    assert proposed.root is not None
+    timestamp = Metadata(Timestamp(expires=tuf_format.utc(1e9))).to_bytes()
+    snapshot = Metadata(Snapshot(expires=tuf_format.utc(1e9))).to_bytes()
+    texts = (proposed.root, proposed.targets, proposed.policy, proposed.delegated["models"])
+    return (*(each.encode() for each in texts), timestamp, snapshot, msgspec.msgpack.encode([halt]))
+
+
+def _proposal_seeds() -> tuple[bytes, ...]:
+    proposed = _proposal_seed()
+    texts = (halt_text(seal_halt(KEY, "n", 1, "w", 1.0)), member_text(KEY, "a", ""))
+    publication = msgspec.msgpack.encode(publication_of(proposed))
+    return encode_proposal(proposed), publication, *(each.encode() for each in texts)
 
 
 # --- models -----------------------------------------------------------------------------------------
@@ -229,14 +327,46 @@ def _safetensors_seed() -> bytes:
     return header + bytes(20)
 
 
+DIALLER, LISTENER = (LinkIdentity.from_seed(bytes([number] * 32)) for number in (8, 9))
+
+
+@functools.cache
+def _relay_exchange() -> tuple[sealing.Dialler, sealing.Listener, sealing.Seals, bytes, bytes]:
+    """One handshake, its last message, and the first record after it."""
+    dialler = sealing.Dialler(DIALLER, LISTENER.node, "home")
+    listener = sealing.Listener(LISTENER, "home", DIALLER.node, dialler.dial)
+    confirm, near = dialler.answered(listener.answer)
+    return dialler, listener, listener.confirmed(confirm), confirm, near.sealer.seal(bytes(9) + encode(FRAMES[0]))
+
+
+def sealed_relay(data: bytes) -> None:
+    """What a captured bus may send to either side of a handshake, and to a link; a dial with its sender's signature as
+    well, since a device may be hostile."""
+    dialler, listener, far, _, _ = _relay_exchange()
+    body = data[: -sealing.SIGNATURE_BYTES]
+    signed = body + DIALLER.sign(sealing._context("home") + body)
+    for read in (dialler.answered, listener.confirmed, far.opener.open, sealing.parse_head):
+        with contextlib.suppress(SealBroken):
+            read(data)
+    sealing.Listener(LISTENER, "home", DIALLER.node, data if data[-1:] == b"\0" else signed)
+
+
+def _relay_seeds() -> tuple[bytes, ...]:
+    dialler, listener, _, confirm, record = _relay_exchange()
+    return dialler.dial, listener.answer, confirm, record
+
+
 def targets() -> dict[str, Target]:
     """Every target by name."""
     signed: Sequence[msgspec.Struct] = (GRANT, Halt(network="n", epoch=1, why="w", issued_unix_s=1.0))
     order = fleet.PlaceStage(stage=BEAT.hosted[0].stage, manifest_bytes=10, sources=(ADDRESS,), epoch=3)
     return {
         "frame_codec": Target(frame_codec, tuple(encode(frame) for frame in FRAMES)),
+        "passport": Target(passport, tuple(passport_seeds())),
         "envelope": Target(envelope_outside, tuple(seal(Kind.GRANT, each, KEY) for each in signed)),
         "signed_body": Target(signed_body, _encoded(*signed, order, FleetPolicy(epoch=1))),
+        "council_documents": Target(council_documents, _document_seeds()),
+        "council_proposals": Target(council_proposals, _proposal_seeds()),
         "manifest": Target(manifest, (_manifest_seed(),)),
         "safetensors": Target(safetensors, (_safetensors_seed(),)),
         "gguf": Target(gguf, (_gguf_seed(),)),
@@ -244,5 +374,8 @@ def targets() -> dict[str, Target]:
         "completion_body": Target(completion_body, (json.dumps(COMPLETION).encode(),)),
         "bus_messages": Target(bus_messages, _encoded(BEAT, ROUTE, REPORT, fleet.NodeLeaving(node=NodeId(NODE)))),
         "settings": Target(settings, (TOML,)),
+        "sealed_relay": Target(sealed_relay, _relay_seeds()),
+        **{name: Target(read, seeds) for name, (read, seeds) in registrar_targets.seeds().items()},
+        **{name: Target(read, seeds) for name, (read, seeds) in rights_targets.seeds().items()},
         "scenario": Target(scenario, tuple(path.read_bytes() for path in sorted(SCENARIOS.glob("*.toml")))),
     }

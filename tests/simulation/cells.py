@@ -23,6 +23,7 @@ from fallow.domain.model import Quantisation, Span, StageSpec
 from fallow.fabric.contract import Bus
 from fallow.policy.cells import CellRules
 from fallow.policy.membership import MembershipRules
+from fallow.trust.open_doors import open_coordinator
 from tests.simulation.toy import toy_config
 
 LAYERS = 6
@@ -100,7 +101,7 @@ class ToyCell:
         config = CoordinatorConfig(
             cell=name, cells=rules, membership=MembershipRules(heartbeat_interval_s=interval_s, missed_max=1000)
         )
-        self.coordinator = Coordinator(config, coordinator_bus, clock)
+        self.coordinator = Coordinator(config, coordinator_bus, clock, trust=open_coordinator())
 
     async def start(self, *held: tuple[Span, ...]) -> None:
         await self.coordinator.start()

@@ -23,7 +23,7 @@ from fallow.domain.fleet import (
 )
 from fallow.domain.frames import FetchChunk, Frame
 from fallow.domain.ids import Digest, ModelName, NodeId, SessionId
-from fallow.domain.model import BLOB_CHUNK_BYTES, Family, Manifest, ModelConfig, Quantisation, Span
+from fallow.domain.model import BLOB_CHUNK_BYTES, Manifest, Quantisation, Span
 from fallow.engine.memory import MemoryEngine
 from fallow.fabric.memory import MemoryFabric
 from fallow.fabric.memory_bus import MemoryBus
@@ -35,6 +35,8 @@ from fallow.node.agent import Agent, AgentConfig
 from fallow.node.fetch import ChunkServer
 from fallow.policy.placement_board import PlacementRules
 from fallow.simulator.virtual_time import LoopClock
+from fallow.trust.open_doors import OpenAdmission, open_coordinator, open_node
+from tests.simulation.toy import toy_config
 
 CELL = "test"
 SUBJECTS = Subjects(CELL)
@@ -51,19 +53,7 @@ def node_id(index: int) -> NodeId:
 def toy_model(store: Store, name: str = "toy", seed: int = 1) -> ModelEntry:
     """Put a model of random bytes into a store."""
     draw = random.Random(seed)
-    config = ModelConfig(
-        family=Family.LLAMA,
-        layer_count=LAYERS,
-        hidden_size=32,
-        head_count=2,
-        kv_head_count=1,
-        head_dim=16,
-        intermediate_size=64,
-        vocab_size=512,
-        context_length=4096,
-        norm_epsilon=1e-5,
-        rope_theta=1e4,
-    )
+    config = toy_config(LAYERS)
     layers = tuple(store.add_bytes(draw.randbytes(LAYER_BYTES)) for _ in range(LAYERS))
     embedding, head, tokenizer = (store.add_bytes(draw.randbytes(5000)) for _ in range(3))
     manifest = Manifest(
@@ -100,7 +90,14 @@ class StorePeer:
         self.chunks_served = 0
         self._cell = cell
         self._endpoint = cell.fabric.endpoint(self.node)
-        self._peers = Peers(self._endpoint, cell.clock, role="store", on_frame=self._on_frame, on_lost=lambda *_: None)
+        self._peers = Peers(
+            self._endpoint,
+            cell.clock,
+            role="store",
+            admission=OpenAdmission(),
+            on_frame=self._on_frame,
+            on_lost=lambda *_: None,
+        )
         self._server = ChunkServer(self.store, self._peers)
         self._bus = cell.fabric.bus(self.node)
 
@@ -115,7 +112,7 @@ class StorePeer:
 
     async def announce(self) -> None:
         announced = StoreAnnounced(address=self._endpoint.address, models=self.entries)
-        await self._bus.publish(SUBJECTS.store, msgspec.json.encode(announced))
+        await self._bus.publish(SUBJECTS.store(self.node), msgspec.json.encode(announced))
 
     def _on_frame(self, peer: NodeId, frame: Frame) -> None:
         if isinstance(frame.header, FetchChunk):
@@ -136,7 +133,9 @@ class Device:
         config = AgentConfig(
             cell=CELL, name=f"device {index}", memory_bytes=memory_bytes, kv_budget_bytes=KV_BYTES, region=region
         )
-        self.agent = Agent(config, self.id, self.bus, self.endpoint, self.engine, self.store, cell.clock)
+        self.agent = Agent(
+            config, self.id, self.bus, self.endpoint, self.engine, self.store, cell.clock, trust=open_node()
+        )
 
     def kill(self) -> None:
         """kill -9."""
@@ -156,7 +155,12 @@ class Gateway:
         self._cell = cell
         self._chains: list[Chain] = []
         self.peers = Peers(
-            cell.fabric.endpoint(self.id), cell.clock, role="gateway", on_frame=self._on_frame, on_lost=self._on_lost
+            cell.fabric.endpoint(self.id),
+            cell.clock,
+            role="gateway",
+            admission=OpenAdmission(),
+            on_frame=self._on_frame,
+            on_lost=self._on_lost,
         )
 
     def _on_frame(self, peer: NodeId, frame: Frame) -> None:
@@ -170,8 +174,9 @@ class Gateway:
                 chain.in_trouble(reason, peer)
 
     async def route(
-        self, model: Digest, session: SessionId, reserve_tokens: int, exclude: frozenset[NodeId], keep: Sequence[Hop]
-    ) -> tuple[Hop, ...]:
+        self, model: Digest, session: SessionId, reserve_tokens: int, exclude: frozenset[NodeId], keep: Sequence[Hop],
+        rebuild_tokens: int,
+    ) -> tuple[Hop, ...]:  # fmt: skip
         request = RouteRequest(
             model=model, session=session, reserve_tokens=reserve_tokens, exclude=tuple(exclude), keep=tuple(keep)
         )
@@ -204,7 +209,13 @@ class Cell:
 
     def _coordinator(self) -> Coordinator:
         config = CoordinatorConfig(cell=CELL, placement=self.rules)
-        return Coordinator(config, self.fabric.bus("coordinator"), self.clock, self.fabric.presence())
+        return Coordinator(
+            config,
+            self.fabric.bus("coordinator"),
+            self.clock,
+            self.fabric.presence(),
+            trust=open_coordinator(),
+        )
 
     async def start(self, device_count: int) -> None:
         async def on_gone(_: str, message: bytes) -> None:
@@ -266,7 +277,7 @@ class Cell:
         return await self.ask(RouteRequest(model=model, session=SessionId(f"{session:032x}"), reserve_tokens=100))
 
     async def ask(self, request: RouteRequest) -> RouteReply:
-        reply = await self._observer.request(SUBJECTS.route, msgspec.json.encode(request), 1.0)
+        reply = await self._observer.request(SUBJECTS.route("observer"), msgspec.json.encode(request), 1.0)
         return msgspec.json.decode(reply, type=RouteReply)
 
     async def say(self, subject: str, message: bytes) -> None:

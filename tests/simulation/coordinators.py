@@ -22,6 +22,7 @@ from fallow.fabric.memory_lease import MemoryLeases
 from fallow.gateway.questions import Questions
 from fallow.policy.leadership import LeaseRules
 from fallow.policy.placement_board import PlacementRules
+from fallow.trust.open_doors import open_coordinator
 from tests.simulation.control import CELL, SUBJECTS, Cell, Device
 
 T = TypeVar("T")
@@ -180,6 +181,7 @@ class Process:
             self.authority,
             id=self.id,
             name=self.id,
+            trust=open_coordinator(),
         )
 
     @property
@@ -299,7 +301,7 @@ class LedCell(Cell):
         """A chain, asked for as gateways do. Raises `BusUnavailable`, `BusTimeout`."""
         model = self.store.entries[0].model
         request = RouteRequest(model=model, session=SessionId(f"{session:032x}"), reserve_tokens=100)
-        answer = await self.questions.ask(SUBJECTS.route, msgspec.json.encode(request))
+        answer = await self.questions.ask(SUBJECTS.route("asker"), msgspec.json.encode(request))
         return msgspec.json.decode(answer, type=RouteReply)
 
     async def keep_asking(self, every_s: float, for_s: float) -> list[float]:

@@ -9,7 +9,7 @@ from fallow.domain.errors import NoRoute, StageRefused
 from fallow.domain.fleet import Hop
 from fallow.domain.frames import Frame, Phase
 from fallow.domain.ids import Digest, ModelName, NodeId, SessionId
-from fallow.domain.model import BlobRef, Family, Manifest, ModelConfig, Quantisation, Span, StageSpec
+from fallow.domain.model import BlobRef, Manifest, Quantisation, Span, StageSpec
 from fallow.engine.memory import MemoryEngine
 from fallow.fabric.memory import MemoryFabric
 from fallow.fabric.peers import Peers
@@ -17,6 +17,8 @@ from fallow.gateway.chain import Chain
 from fallow.gateway.sessions import OPEN_ATTEMPTS_MAX, FleetTokenSource
 from fallow.node.stages import StageRelay
 from fallow.simulator.virtual_time import LoopClock
+from fallow.trust.open_doors import OpenAdmission, OpenGrants, OpenLease
+from tests.simulation.toy import toy_config
 
 LAYERS = 6
 MODEL = Digest("ab" * 32)
@@ -32,19 +34,7 @@ def toy_manifest() -> Manifest:
         digest = Digest(f"{number:064x}")
         return BlobRef(digest=digest, size_bytes=1000, chunk_digests=(digest,))
 
-    config = ModelConfig(
-        family=Family.LLAMA,
-        layer_count=LAYERS,
-        hidden_size=32,
-        head_count=2,
-        kv_head_count=1,
-        head_dim=16,
-        intermediate_size=64,
-        vocab_size=512,
-        context_length=4096,
-        norm_epsilon=1e-5,
-        rope_theta=1e4,
-    )
+    config = toy_config(LAYERS)
     return Manifest(
         format=1,
         name=ModelName("toy"),
@@ -73,10 +63,11 @@ class Node:
             self.endpoint,
             fleet.clock,
             role="node",
+            admission=OpenAdmission(),
             on_frame=self._on_frame,
             on_lost=self._on_lost,
         )
-        self.relay = StageRelay(self.engine, self.peers, fleet.clock, log_budget_bytes)
+        self.relay = StageRelay(self.engine, self.peers, fleet.clock, log_budget_bytes, OpenGrants(), OpenLease())
         self.alive = True
 
     def _on_frame(self, peer: NodeId, frame: Frame) -> None:
@@ -132,6 +123,7 @@ class Fleet:
             self.fabric.endpoint(self.gateway),
             self.clock,
             role="gateway",
+            admission=OpenAdmission(),
             on_frame=self._on_frame,
             on_lost=self._on_lost,
         )
@@ -159,8 +151,9 @@ class Fleet:
             listener.on_lost(peer, reason)
 
     async def route(
-        self, model: Digest, session: SessionId, reserve_tokens: int, exclude: frozenset[NodeId], keep: Sequence[Hop]
-    ) -> tuple[Hop, ...]:
+        self, model: Digest, session: SessionId, reserve_tokens: int, exclude: frozenset[NodeId], keep: Sequence[Hop],
+        rebuild_tokens: int,
+    ) -> tuple[Hop, ...]:  # fmt: skip
         if self.script:
             return tuple(Hop(address=self.nodes[i].endpoint.address, span=span) for i, span in self.script.pop(0))
         hops: list[Hop] = []

@@ -120,7 +120,7 @@ def test_a_leaders_word_that_cannot_be_read_is_dropped_by_name(
         assert cell.devices[0].agent._epoch == 0
 
     run(tmp_path, 1, script)
-    assert "bad_message: a leader's word" in caplog.text
+    assert "a leader's word was not believed" in caplog.text
     assert not [record for record in caplog.records if record.exc_info]
 
 
@@ -203,8 +203,8 @@ def test_hostile_messages_are_dropped_and_counted(tmp_path: Path) -> None:
         ]
         for subject, message in lies:
             await cell.say(subject, message)
-        await cell.say(SUBJECTS.store, b"{}")
-        await cell.say(SUBJECTS.leaving, b"null")
+        await cell.say(SUBJECTS.store("observer"), b"{}")
+        await cell.say(SUBJECTS.leaving(good.node), b"null")
         await cell.clock.sleep(0.2)
         dropped = cell.status().dropped_messages
         assert dropped["heartbeat"] == len(lies)

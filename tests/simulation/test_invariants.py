@@ -16,6 +16,7 @@ from fallow.domain.ids import NodeId
 from fallow.engine.contract import Step, Stepped
 from fallow.engine.memory import MemoryEngine
 from fallow.gateway.chain import Chain
+from fallow.node.stage_pump import StagePump
 from fallow.node.stage_session import HELD_ROWS_MAX
 from fallow.node.stages import StageRelay
 from fallow.simulator import invariants
@@ -58,13 +59,13 @@ def test_a_chain_that_does_not_raise_its_epoch_is_served_twice(monkeypatch: pyte
 
 
 def test_a_stage_that_sends_a_row_twice_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    forward = StageRelay._forward
+    forward = StagePump._forward
 
-    async def stutter(self: StageRelay, session: Any, flow: Any, rows: Any) -> None:
+    async def stutter(self: StagePump, session: Any, flow: Any, rows: Any) -> None:
         await forward(self, session, flow, rows)
         await forward(self, session, flow, rows)
 
-    monkeypatch.setattr(StageRelay, "_forward", stutter)
+    monkeypatch.setattr(StagePump, "_forward", stutter)
     _, checker = run_world(CALM)
     assert broken(checker) == {"positions_rise"}, "positions make rows idempotent, so the answers are right"
 
@@ -96,12 +97,12 @@ def test_a_coordinator_that_believes_in_more_memory_places_too_much(monkeypatch:
 
 
 def test_logs_that_nobody_trims_outgrow_their_budget(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(StageRelay, "_trim_logs", lambda *_: None)
+    monkeypatch.setattr(StagePump, "_trim_logs", lambda *_: None)
 
     def shrink(world: World) -> None:
         for device in world.devices:
             if device.agent is not None:
-                device.agent.relay._log_budget_bytes = device.log_budget_bytes
+                device.agent.relay._pump._log_budget_bytes = device.log_budget_bytes
 
     monkeypatch.setattr("fallow.simulator.devices.LOG_BUDGET_BYTES", 64 << 10)
     _, checker = run_world(CALM, prepare=shrink)
@@ -109,12 +110,7 @@ def test_logs_that_nobody_trims_outgrow_their_budget(monkeypatch: pytest.MonkeyP
 
 
 def test_logs_that_are_booked_wrongly_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    def careless(self: StageRelay, session: Any) -> None:
-        if self._sessions.pop(session.id, None) is not None:
-            session.end()
-            self._later(self._free(session))
-
-    monkeypatch.setattr(StageRelay, "_end", careless)
+    monkeypatch.setattr(StagePump, "forget", lambda *_: None)
     _, checker = run_world(CALM)
     assert "logs_are_within_their_budget" in broken(checker)
 

@@ -20,6 +20,7 @@ from fallow.simulator.network import WATCH, SimulatedClock, SimulatedHub, Simula
 from fallow.simulator.scenario import Network
 from fallow.simulator.streams import Streams
 from fallow.simulator.virtual_time import run_virtual
+from fallow.trust.open_doors import OpenAdmission
 
 T = TypeVar("T")
 A, B, C = (NodeId(letter * 64) for letter in "abc")
@@ -178,7 +179,7 @@ def test_silence_is_noticed_as_in_the_product_and_a_death_at_once(silent: bool) 
         peers = []
         for name in (A, B):
             peer = Peers(
-                network.endpoint(name), clock, role="node", on_frame=lambda *_: None,
+                network.endpoint(name), clock, role="node", admission=OpenAdmission(), on_frame=lambda *_: None,
                 on_lost=lambda *_: lost_s.append(clock.monotonic_s()), liveness=WATCH,
             )  # fmt: skip
             await peer.start()

@@ -105,6 +105,7 @@ def test_a_run_from_the_command_line(scenario_file: Path) -> None:
     done = CliRunner().invoke(app, ["sim", "run", str(scenario_file), "--seed", "3", "--out", "result.json"])
     assert done.exit_code == 0, done.output
     assert "No answers differ" in done.output
+    assert "6 devices in 1 cell," in done.output
     result = read_result(Path("result.json"))
     assert (result.seed, result.devices, result.mode) == (3, 6, "detailed")
     assert result.event_hash in done.output
@@ -121,6 +122,7 @@ def test_a_failing_run_is_kept_and_can_be_replayed(scenario_file: Path, monkeypa
     first = read_result(kept / "result.json")
     replay = (kept / "README.txt").read_text().splitlines()[0].split()
     assert replay[:3] == ["fallow", "sim", "run"]
+    assert replay[replay.index("--mode") + 1] == "detailed"
     again = CliRunner().invoke(app, [*replay[1:], "--out", "again.json"])
     assert again.exit_code == 1
     assert read_result(Path("again.json")).event_hash == first.event_hash

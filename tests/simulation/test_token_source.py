@@ -19,6 +19,7 @@ from fallow.gateway.contract import Conversation
 from fallow.gateway.sessions import FleetTokenSource
 from fallow.models.store import Store
 from fallow.simulator.virtual_time import run_virtual
+from fallow.trust.open_doors import OpenLease, OpenRoutes
 from tests.simulation.sessions import Fleet, toy_manifest
 
 T = TypeVar("T")
@@ -66,7 +67,9 @@ def with_fleet(
         async def on_route(_subject: str, message: bytes) -> bytes:
             asked = msgspec.json.decode(message, type=RouteRequest)
             try:
-                hops = await fleet.route(asked.model, asked.session, 0, frozenset(asked.exclude), asked.keep)
+                hops = await fleet.route(
+                    asked.model, asked.session, 0, frozenset(asked.exclude), asked.keep, asked.rebuild_tokens
+                )
             except NoRoute as error:
                 return msgspec.json.encode(RouteReply(error=error.message))
             return msgspec.json.encode(RouteReply(hops=hops))
@@ -75,7 +78,14 @@ def with_fleet(
         await coordinator.subscribe(subjects.route(), on_route)
         await fleet.start(*((piece,) for piece in pieces))
         source = FleetTokenSource(
-            fleet.fabric.bus("gateway"), fleet.peers, store, fleet.clock, subjects, origin=fleet.gateway
+            fleet.fabric.bus("gateway"),
+            fleet.peers,
+            store,
+            fleet.clock,
+            subjects,
+            origin=fleet.gateway,
+            lease=OpenLease(),
+            routes=OpenRoutes(),
         )
         fleet.listeners.append(source)
         await source.start()

@@ -5,7 +5,7 @@ loses with it, the earlier. Of the catalogue, the models of the last stores go. 
 row, so that an answer does not flicker between two that are asked for in a row.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Final
 
 import msgspec
@@ -14,8 +14,24 @@ from fallow.domain.fleet import Catalogue, FleetStatus
 from fallow.domain.ids import NodeId
 from fallow.fabric.contract import MAX_BUS_MESSAGE_BYTES
 
+KEPT_S: Final = 0.5
 SILENCE_BYTES: Final = 100
 """A device's entry in `silent_s`: its id and a number."""
+
+
+class KeptAnswer:
+    """An answer that is given again for `KEPT_S`. Thousands of devices take a while to tell of, and who asks without
+    end must not keep a coordinator from its work."""
+
+    def __init__(self) -> None:
+        self._at_s = 0.0
+        self._answer: bytes | None = None
+
+    def give(self, now_s: float, make: Callable[[], bytes]) -> bytes:
+        """The last answer, or a new one."""
+        if self._answer is None or now_s - self._at_s >= KEPT_S:
+            self._at_s, self._answer = now_s, make()
+        return self._answer
 
 
 def encode_status(status: FleetStatus, bytes_max: int = MAX_BUS_MESSAGE_BYTES) -> bytes:

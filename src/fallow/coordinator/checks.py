@@ -33,7 +33,7 @@ from fallow.domain.fleet import (
     sender_of,
 )
 from fallow.domain.frames import PeerAddress
-from fallow.domain.ids import Digest
+from fallow.domain.ids import Digest, NodeId
 from fallow.domain.model import Span, StageSpec
 
 MEMORY_MAX_BYTES = 1 << 50
@@ -48,6 +48,7 @@ TEXT_MAX_CHARS = 4096
 HOSTED_MAX = 64
 LINKS_MAX = 4096
 HOPS_MAX = 128
+GRANT_MAX_BYTES = 8192
 EXCLUDED_MAX = 1024
 MODELS_MAX = 256
 ENDPOINTS_MAX = 16
@@ -105,6 +106,8 @@ def heartbeat(subject: str, message: bytes) -> Heartbeat:
     _text("a name", beat.name, NAME_MAX_CHARS)
     _text("a boot id", beat.boot, NAME_MAX_CHARS)
     _text("a version", beat.version, NAME_MAX_CHARS)
+    _text("a standing", beat.standing, NAME_MAX_CHARS)
+    _text("a passport", beat.passport, TEXT_MAX_CHARS)
     _number("a sequence number", beat.sequence, 0, 1 << 62)
     _number("memory_bytes", beat.memory_bytes, 0, MEMORY_MAX_BYTES)
     _number("kv_budget_bytes", beat.kv_budget_bytes, 0, beat.memory_bytes)
@@ -188,14 +191,18 @@ def sent_by(subject: str, sender: str) -> None:
 
 
 def gateway_request(subject: str, message: bytes) -> RouteRequest:
-    """A gateway's request for a chain."""
+    """A gateway's request for a chain; its `origin` is who sent it."""
     request = _route_request(decode(message, RouteRequest))
     if request.origin is not None:
         sent_by(subject, request.origin)
-    return request
+        return request
+    sender = sender_of(subject)
+    return msgspec.structs.replace(request, origin=NodeId(sender)) if _is_id(sender) else request
 
 
 def _route_request(request: RouteRequest) -> RouteRequest:
+    if request.origin is not None:
+        _id("an origin", request.origin)
     if not _SESSION.fullmatch(request.session):
         raise _refusal("a session id of 32 hex digits", request.session)
     _number("reserve_tokens", request.reserve_tokens, 1, CONTEXT_MAX_TOKENS)
@@ -270,6 +277,9 @@ def route_reply(message: bytes, request: RouteRequest, layer_count: int) -> Rout
     if edge != layer_count:
         raise _refusal(f"a chain of {layer_count} layers", f"{edge}")
     nodes = {hop.address.node for hop in reply.hops}
+    _number("the number of grants", len(reply.grants), 0, len(reply.hops))
+    for grant in reply.grants:
+        _size("a grant", grant, GRANT_MAX_BYTES)
     if len(nodes) < len(reply.hops) or nodes & set(request.exclude):
         raise _refusal("hops of different devices, none of them excluded", " ".join(node[:8] for node in nodes))
     return reply
@@ -342,8 +352,12 @@ def _address(address: PeerAddress) -> None:
 
 
 def _id(what: str, value: str) -> None:
-    if len(value) != ID_CHARS or not _is_hex(value):
+    if not _is_id(value):
         raise _refusal(f"{what} of {ID_CHARS} hex digits", value)
+
+
+def _is_id(value: str) -> bool:
+    return len(value) == ID_CHARS and _is_hex(value)
 
 
 @lru_cache(maxsize=IDS_KEPT_MAX)

@@ -6,7 +6,7 @@ Rules
 - A session whose cell has no chain for it, or is loaded beyond `load_max`, gets a chain of a neighbour's devices. Its
   gateway sees a chain like any other. When that chain breaks, the cell that gave it repairs it.
 - What a neighbour asks is answered from this cell alone, so that a question never travels further; a cell that is
-  loaded beyond the bound itself gives no chains.
+  loaded beyond the bound itself gives no chains. A chain's grants are given by the cell whose devices they are for.
 - Where layers of a model are held by nobody here, neighbours are asked who there has its files, and the placer names
   them as sources.
 - Digests and answers are checked like heartbeats (`checks.py`). At most `NEIGHBOURS_MAX` cells are known, and
@@ -114,6 +114,7 @@ class Neighbours:
         self._subscriptions = [
             await self._bus.subscribe(digests(), self._on_digest),
             await self._bus.subscribe(self._subjects.ask, self._on_question, at_once=ASKED_AT_ONCE),
+            await self._bus.subscribe(self._subjects.ping, self._on_ping, at_once=ASKED_AT_ONCE),
         ]
         self._telling = asyncio.get_running_loop().create_task(self._tell())
 
@@ -317,6 +318,9 @@ class Neighbours:
                 return msgspec.json.encode(FilesFound(sources=sources))
             case MeasureRtt():
                 return b""
+
+    async def _on_ping(self, _: str, __: bytes) -> bytes:
+        return b""
 
     def _lend(self, request: RouteRequest) -> RouteReply:
         own = self._own.get(request.model)

@@ -8,6 +8,7 @@ Rules
 - An order is sent until it is acknowledged, `ORDER_TRIES_MAX` times. A newer order for the same node and model replaces
   it. What came of it shows in heartbeats; nothing is remembered beyond `asked_valid_s`.
 - A node that failed to load a model is not asked again for `failure_retry_s`.
+- Every order is signed, for each attempt anew, and none is given while we may not work (`trust/`).
 - Every order carries the epoch of our term, and is sent only while it lasts. What devices say of higher epochs is
   judged by `witnesses.py`; one that refuses for such gets no orders for a while.
 
@@ -18,16 +19,19 @@ import asyncio
 import logging
 from collections.abc import Callable
 from itertools import islice
+from typing import NamedTuple
 
 import msgspec
 
 from fallow.coordinator import registry
 from fallow.coordinator.leadership import Authority
 from fallow.coordinator.registry import Fleet
+from fallow.coordinator.roll import BELOW_TIER, Roll
 from fallow.coordinator.witnesses import Witnesses
+from fallow.domain.charter import Standing
 from fallow.domain.clock import Clock
-from fallow.domain.errors import FabricError
-from fallow.domain.fleet import Accepted, DropStage, Heartbeat, ModelEntry, NodeCommand, PlaceStage, Subjects
+from fallow.domain.errors import FabricError, TrustError
+from fallow.domain.fleet import Accepted, DropStage, Heartbeat, ModelEntry, NodeCommand, PlaceStage, Subjects, Tier
 from fallow.domain.ids import Digest, NodeId
 from fallow.domain.model import StageSpec
 from fallow.fabric.contract import Bus
@@ -35,6 +39,7 @@ from fallow.policy.membership import MembershipRules, flapping
 from fallow.policy.placement import Placement, place
 from fallow.policy.placement_board import PlacementRules
 from fallow.policy.placement_plan import Move, NodeNow, plan
+from fallow.trust.contract import Lease, Orders
 
 ORDER_TIMEOUT_S = 1.0
 ORDER_TRIES_MAX = 3
@@ -47,6 +52,9 @@ placing must not take what heartbeats and routes need."""
 SOURCES_MAX = 16
 SOUNDED_MAX = 8
 """Devices that are asked whether they have heard what one device claims."""
+PLACED = frozenset({str(Standing.WORKING), BELOW_TIER})
+"""Standings of devices that a placement looks at. Those whose tier is too low are there to be named as the reason."""
+NOT_ALLOWED = "the council's policy does not allow it, or no publisher of the council has signed it"
 NOBODYS_MODEL = Digest("0" * 64)
 """To stop hosting it changes nothing."""
 
@@ -54,6 +62,13 @@ _Asked = dict[Digest, tuple[StageSpec | None, float]]
 """What one node was ordered to host of each model, and when; not seen in a heartbeat yet."""
 
 log = logging.getLogger(__name__)
+
+
+class _Rank(NamedTuple):
+    """What devices are to the registrar, and what the council asks for."""
+
+    tiers: dict[NodeId, Tier]
+    tier_min: Tier
 
 
 class PlacerTimes(msgspec.Struct, frozen=True, kw_only=True):
@@ -83,6 +98,9 @@ class Placer:
         membership: MembershipRules,
         times: PlacerTimes,
         authority: Authority,
+        orders: Orders,
+        lease: Lease,
+        roll: Roll,
     ) -> None:
         self._bus = bus
         self._clock = clock
@@ -92,6 +110,9 @@ class Placer:
         self._membership = membership
         self._times = times
         self._authority = authority
+        self._sealing = orders
+        self._lease = lease
+        self._roll = roll
         self._started_s = clock.monotonic_s()
         self._due_s = self._started_s + membership.heartbeat_interval_s
         self._joins_since_s: float | None = None
@@ -131,7 +152,9 @@ class Placer:
         new_failures = registry.failed_models(after) - (registry.failed_models(before) if before else frozenset())
         for model in new_failures:
             self._note_failure(after.node, model)
-        if before is not None and (before.hosted, before.draining) != (after.hosted, after.draining):
+        if before is not None and before.standing != after.standing:
+            self.on_change()
+        elif before is not None and (before.hosted, before.draining) != (after.hosted, after.draining):
             statuses = [[(item.stage, item.status) for item in beat.hosted] for beat in (before, after)]
             if statuses[0] != statuses[1] or before.draining != after.draining:
                 self.on_change()
@@ -190,23 +213,28 @@ class Placer:
     async def _place(self) -> None:
         now_s = self._clock.monotonic_s()
         fleet = self._fleet()
-        entries = fleet.entries()
+        entries = {model: entry for model, entry in fleet.entries().items() if self._lease.allows(model)}
         self.forget()
-        if not entries:
+        if not fleet.entries() or self._lease.standing is not Standing.WORKING:
             return
         settled = [
             heartbeat
             for node, heartbeat in fleet.present().items()
-            if not heartbeat.draining and not flapping(fleet.members[node], now_s, self._membership)
+            if heartbeat.standing in PLACED
+            and not heartbeat.draining
+            and not flapping(fleet.members[node], now_s, self._membership)
         ]
         lately = {node: dict(asked) for node, asked in self._asked.items()}
         barred = frozenset(self._failed_s) | {(node, model) for node in self._witnesses.deaf() for model in entries}
+        rank = _Rank({heartbeat.node: self._roll.tier(heartbeat.node) for heartbeat in settled}, self._roll.tier_min)
         # In a thread: hundreds of devices take a tenth of a second, and routes must not wait for it.
-        placement, moves = await asyncio.to_thread(self._work_out, settled, entries, lately, barred, now_s)
-        if placement.unplaceable != self.unplaceable:
-            for model, reason in placement.unplaceable.items():
-                log.warning("model %s cannot be served: %s", entries[model].name, reason)
-        self.unplaceable = placement.unplaceable
+        placement, moves = await asyncio.to_thread(self._work_out, settled, entries, lately, barred, rank, now_s)
+        forbidden = dict.fromkeys(fleet.entries().keys() - entries.keys(), NOT_ALLOWED)
+        unplaceable = placement.unplaceable | forbidden
+        if unplaceable != self.unplaceable:
+            for model, reason in unplaceable.items():
+                log.warning("model %s cannot be served: %s", model[:12], reason)
+        self.unplaceable = unplaceable
         for move in moves:
             self._order(move, entries.get(move.model))
 
@@ -216,17 +244,17 @@ class Placer:
         entries: dict[Digest, ModelEntry],
         lately: dict[NodeId, _Asked],
         failed: frozenset[tuple[NodeId, Digest]],
+        rank: _Rank,
         now_s: float,
     ) -> tuple[Placement, list[Move]]:
         """What should be where, and the moves towards it. Runs in a thread: it reads nothing that changes."""
         asked = {beat.node: self._asked_of(beat, entries, lately.get(beat.node, {}), now_s) for beat in settled}
+        barred = {beat.node: frozenset(model for model in entries if (beat.node, model) in failed) for beat in settled}
         rooms = [
-            registry.room_of(
-                beat, asked[beat.node], entries, frozenset(model for model in entries if (beat.node, model) in failed)
-            )
+            registry.room_of(beat, asked[beat.node], entries, barred[beat.node], rank.tiers[beat.node])
             for beat in settled
         ]
-        needs = [registry.need_of(entry, self._rules.regions) for entry in entries.values()]
+        needs = [registry.need_of(entry, self._rules.regions, rank.tier_min) for entry in entries.values()]
         placement = place(needs, rooms, self._rules)
         nodes = [NodeNow(node=beat.node, asked=asked[beat.node], ready=_ready_of(beat, entries)) for beat in settled]
         return placement, list(plan(nodes, placement.stages))
@@ -253,7 +281,7 @@ class Placer:
     def _order(self, move: Move, entry: ModelEntry | None) -> None:
         key = (move.node, move.model)
         epoch = self._authority.epoch()
-        if epoch is None:
+        if epoch is None or self._lease.standing is not Standing.WORKING:
             return
         command: NodeCommand
         if move.stage is None:
@@ -280,14 +308,14 @@ class Placer:
         node = key[0]
         what = ", ".join(map(str, command.stage.pieces)) if isinstance(command, PlaceStage) else "nothing"
         log.info("asking node %s to host %s of model %s", node[:8], what, key[1][:8])
-        message = msgspec.json.encode(command)
         for attempt in range(ORDER_TRIES_MAX):
-            if self._authority.epoch() != command.epoch:
+            if self._authority.epoch() != command.epoch or self._lease.standing is not Standing.WORKING:
                 break
+            message = self._sealing.seal(command, node)
             try:
                 reply = await self._bus.request(self._subjects.command(node), message, ORDER_TIMEOUT_S)
                 accepted = msgspec.json.decode(reply, type=Accepted)
-            except (FabricError, msgspec.MsgspecError) as error:
+            except (FabricError, TrustError, msgspec.MsgspecError) as error:
                 log.info("node %s did not take an order (%s), attempt %d", node[:8], error, attempt + 1)
                 await self._clock.sleep(ORDER_TIMEOUT_S / 4)
                 continue

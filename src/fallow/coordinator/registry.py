@@ -10,12 +10,13 @@ Rules
 - A stage of a model that no store announces is remembered in its heartbeat and nowhere else.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from types import MappingProxyType
 
 import msgspec
 
+from fallow.domain.charter import Standing
 from fallow.domain.errors import BusMessageError
 from fallow.domain.fleet import (
     GatewayReport,
@@ -136,6 +137,10 @@ class Fleet:
         index = self._indexes.get(model)
         return _NOBODY if index is None else index.carriers
 
+    def heard_since(self, since_s: float) -> frozenset[NodeId]:
+        """Who is present and has been heard since a time. Looks at everybody."""
+        return frozenset(node for node in self._present if self.members[node].heard_s >= since_s)
+
     def index(self, model: Digest) -> ModelIndex | None:
         """Who holds what of a model of the catalogue. Live."""
         return self._indexes.get(model)
@@ -199,6 +204,13 @@ class Fleet:
         if changed:
             self._recatalogue()
         return changed
+
+    def part_with(self, stores: Iterable[NodeId]) -> bool:
+        """Stores' words count no more. Whether the catalogue may be another one by that."""
+        gone = [self.stores.pop(node) for node in list(stores) if node in self.stores]
+        if gone:
+            self._recatalogue()
+        return bool(gone)
 
     def report(self, report: GatewayReport, now_s: float) -> None:
         """A gateway told its figures."""
@@ -270,7 +282,7 @@ def best_speed(heartbeat: Heartbeat) -> Speed | None:
     return next((item.speed for item in heartbeat.hosted if item.speed is not None), None)
 
 
-def need_of(entry: ModelEntry, regions: frozenset[str] = frozenset()) -> ModelNeed:
+def need_of(entry: ModelEntry, regions: frozenset[str] = frozenset(), tier_min: Tier = Tier.ANONYMOUS) -> ModelNeed:
     """What a model takes on a device, for placement: loaded layers and head, and the embedding's file."""
     embedding, head, layers = entry.weights_bytes
     head_bytes = head + (embedding if entry.config.tied_head else 0)
@@ -281,6 +293,7 @@ def need_of(entry: ModelEntry, regions: frozenset[str] = frozenset()) -> ModelNe
         embedding_bytes=embedding,
         head_bytes=held_bytes(head_bytes, head_kind),
         regions=regions,
+        tier_min=tier_min,
         kv_bytes_per_token_layer=_kv_bytes_per_token_layer(entry),
     )
 
@@ -302,8 +315,9 @@ def _kv_bytes_per_token_layer(entry: ModelEntry) -> int:
 
 
 def room_of(
-    heartbeat: Heartbeat, asked: tuple[StageSpec, ...], known: Mapping[Digest, ModelEntry], barred: frozenset[Digest]
-) -> NodeRoom:
+    heartbeat: Heartbeat, asked: tuple[StageSpec, ...], known: Mapping[Digest, ModelEntry], barred: frozenset[Digest],
+    tier: Tier = Tier.ANONYMOUS,
+) -> NodeRoom:  # fmt: skip
     """What a node offers to the models of the catalogue; what others still occupy there is not on offer."""
     occupied = sum(item.weights_bytes for item in heartbeat.hosted if item.stage.model not in known)
     speed = best_speed(heartbeat)
@@ -314,7 +328,7 @@ def room_of(
         layer_s=LAYER_UNKNOWN_S if speed is None else speed.layer_s_1,
         hosted=asked,
         barred=barred,
-        tier=Tier.ANONYMOUS,  # until enrolment exists: never a device's own word
+        tier=tier,
         region=heartbeat.region,
         disk_free_bytes=heartbeat.disk_free_bytes,
         cached=heartbeat.cached,
@@ -325,7 +339,7 @@ def room_of(
 def carrier_of(heartbeat: Heartbeat, model: Digest, layer_count: int) -> Carrier | None:
     """What a node can serve of a model of so many layers, as routing sees it. A stage whose pieces end elsewhere than
     at the model's cut points is none: no engine takes such, and routing's search is bounded by there being few."""
-    if heartbeat.draining:
+    if heartbeat.draining or heartbeat.standing != Standing.WORKING:
         return None
     ready = ready_stage(heartbeat, model)
     if ready is None:

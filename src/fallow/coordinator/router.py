@@ -4,7 +4,7 @@ Rules
 - Weights are worked out every `RoutingRules.refresh_s` for models that have more than `exact_carriers_max` carriers.
 - A new session of such a model gets the best of a few drawn chains (`policy/routing_choice.py`), by draws seeded with
   the session: equal states give equal chains. Where no drawn chain has room, the best carriers of every edge are
-  looked at. A repair that keeps hops, a small cell and one not weighed yet are searched exactly (`policy/routing.py`).
+  looked at. A repair, a small cell and one not weighed yet are searched exactly (`policy/routing.py`).
 - A chain that was given out counts against its carriers until their heartbeats show it.
 
 It does no I/O and reads no clock.
@@ -85,7 +85,7 @@ class Router:
     ) -> RouteReply:
         """A chain for a session by what is known now, or why there is none."""
         weights = self._weights.get(request.model)
-        if weights is None or request.keep or len(carriers) <= self._rules.exact_carriers_max:
+        if weights is None or request.keep or request.rebuild_tokens or len(carriers) <= self._rules.exact_carriers_max:
             reply = route(request, shape, self._loaded(request, carriers), self._rules)
         else:
             reply = self._drawn(request, shape, carriers, weights, now_s)

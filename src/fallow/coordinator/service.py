@@ -21,14 +21,19 @@ from typing import Any
 import msgspec
 
 from fallow.coordinator import checks, registry
-from fallow.coordinator.answers import encode_catalogue, encode_status
+from fallow.coordinator.answers import KeptAnswer, encode_catalogue, encode_status
 from fallow.coordinator.colleagues import Colleagues
+from fallow.coordinator.granted import granted, refusal, without_strangers
 from fallow.coordinator.guard import Guard
 from fallow.coordinator.leadership import Authority, SoleAuthority
 from fallow.coordinator.neighbours import Neighbours
 from fallow.coordinator.placer import Placer, PlacerTimes
 from fallow.coordinator.registry import NODES_MAX, Fleet
+from fallow.coordinator.roll import Roll
 from fallow.coordinator.router import Router
+from fallow.coordinator.stores import stores_to_drop
+from fallow.coordinator.weighing import weigh_for_ever
+from fallow.domain.charter import Standing
 from fallow.domain.clock import Clock
 from fallow.domain.errors import FabricError
 from fallow.domain.fleet import (
@@ -48,10 +53,10 @@ from fallow.policy.cells import CellRules
 from fallow.policy.membership import MembershipRules, Presence
 from fallow.policy.placement_board import PlacementRules
 from fallow.policy.routing import RoutingRules
+from fallow.trust.contract import CoordinatorTrust
 
 QUESTIONS_AT_ONCE = 64
 """Of a kind: a route may have to wait for a neighbour cell, and must not hold up the others."""
-WEIGH_REST_FACTOR = 9.0
 CHECKS_PER_INTERVAL = 4
 """How often silence is looked for in a heartbeat interval."""
 REPORT_PERIOD_S = 1.0
@@ -60,6 +65,8 @@ STALE = "Stale Connection"
 """NATS's word for a client that did not answer its pings."""
 RECENT_LOSS_S = 5.0
 """Who was lost so shortly before a term is announced again: the last leader may have died of the same."""
+OVERDUE_INTERVALS = 1.3
+"""Whose heartbeat is later than this gets no repair of a running answer, where there is a chain without it."""
 STATUS_NODES_MAX = 500
 """Devices that a status names, at most; more would not fit a bus message in any case (`answers.py`)."""
 
@@ -89,6 +96,8 @@ class Coordinator:
         authority: Authority | None = None,
         id: str = "coordinator",  # noqa: A002
         name: str = "coordinator",
+        *,
+        trust: CoordinatorTrust,
     ) -> None:
         """Without an `authority` it leads alone. `id` is its name on the bus, `name` is for people."""
         self._config = config
@@ -96,13 +105,17 @@ class Coordinator:
         self._clock = clock
         self._presence = presence
         self._subjects = Subjects(config.cell)
+        self._lease = trust.lease
+        self._issuer = trust.issuer
+        self._orders = trust.orders
+        self._roll = Roll(config.cell, trust.passports, trust.lease, clock)
         self.fleet = Fleet()
         self._started_s = clock.monotonic_s()
         self._guard = Guard(clock)
         self._authority = authority or SoleAuthority()
         self._placer = Placer(
             bus, clock, self._subjects, lambda: self.fleet, config.placement, config.membership, config.times,
-            self._authority,
+            self._authority, trust.orders, trust.lease, self._roll,
         )  # fmt: skip
         self._router = Router(config.routing, config.membership.heartbeat_interval_s)
         self._neighbours = Neighbours(
@@ -110,6 +123,7 @@ class Coordinator:
         )
         self._subscriptions: list[Subscription] = []
         self._colleagues = Colleagues(CoordinatorReport(id=id, name=name, lease=self._authority.by_lease), clock)
+        self._status_answer = KeptAnswer()
         self._acting: int | None = None
         """The epoch that we lead under."""
         self._questions: list[Subscription] = []
@@ -131,7 +145,8 @@ class Coordinator:
         if self._presence is not None:
             await self._presence.start(self._on_disconnect)
         self._spawn(self._watch_silence())
-        self._spawn(self._weigh_routes())
+        self._spawn(weigh_for_ever(self._router, self.fleet, self._clock, self._config.routing.refresh_s))
+        self._spawn(self._follow_standing())
         await self._bus.publish(self._subjects.hello, b"")
         await self._authority.start()
         await self._take_turns()
@@ -182,7 +197,7 @@ class Coordinator:
         )
         # From here on, devices refuse what an earlier leader may still have under way, and open questions come to us.
         changed = LeaderChanged(epoch=epoch, name=self._colleagues.me.name)
-        await self._bus.publish(self._subjects.leader, msgspec.json.encode(changed))
+        await self._bus.publish(self._subjects.leader, self._orders.announce(changed))
         self._placing = self._spawn(self._placer.run())
         self._placer.on_change()
         since_s = self._clock.monotonic_s() - RECENT_LOSS_S
@@ -208,6 +223,12 @@ class Coordinator:
         guarded = self._guard.before(kind, handle)
         self._questions.append(await self._bus.subscribe(subject, guarded, at_once=QUESTIONS_AT_ONCE))
 
+    async def _follow_standing(self) -> None:
+        """What the council says may have changed what is to be placed."""
+        while True:
+            await self._lease.changed(self._lease.standing)
+            self._placer.on_change()
+
     async def _report(self) -> None:
         while True:
             report = self._colleagues.report()
@@ -223,7 +244,7 @@ class Coordinator:
     # --- facts ----------------------------------------------------------------------------------
 
     async def _on_heartbeat(self, subject: str, message: bytes) -> None:
-        heartbeat = checks.heartbeat(subject, message)
+        heartbeat = self._roll.enter(checks.heartbeat(subject, message))
         now_s = self._clock.monotonic_s()
         heard = self.fleet.hear(heartbeat, now_s, self._config.membership)
         if heard is None:
@@ -281,6 +302,9 @@ class Coordinator:
             for node in membership.silent(self.fleet.members, now_s, rules):
                 await self._depart(node, Presence.GONE, f"nothing was heard for {rules.silence_max_s:g} s")
             self.fleet.forget(now_s, rules)
+            self._roll.forget_but(self.fleet.members)
+            if self.fleet.part_with(stores_to_drop(self.fleet.stores, self._roll.revoked, now_s)):
+                self._placer.on_change()
             self._placer.forget()
 
     async def _on_store(self, subject: str, message: bytes) -> None:
@@ -301,29 +325,27 @@ class Coordinator:
     async def _on_route(self, subject: str, message: bytes) -> bytes:
         request = checks.gateway_request(subject, message)
         entry = self.fleet.entries().get(request.model)
-        if entry is None:
+        if entry is None or self._lease.standing is not Standing.WORKING:
             return msgspec.json.encode(self.route(request))
         return msgspec.json.encode(await self._neighbours.route(request, entry.config.layer_count))
 
     def route(self, request: RouteRequest) -> RouteReply:
-        """A chain of this cell's devices for a session, by what is known now."""
+        """A chain of this cell's devices for a session, by what is known now, with a grant for each."""
+        request = without_strangers(request, self._roll, self.fleet)
+        return refusal(self._lease) or granted(self._chain(request), request, self._issuer)
+
+    def _chain(self, request: RouteRequest) -> RouteReply:
         entry = self.fleet.entries().get(request.model)
         if entry is None:
             return RouteReply(error=f"no store of this cell announces a model {request.model[:12]}")
-        carriers = self.fleet.carriers(entry.model)
-        return self._router.route(request, registry.shape_of(entry), carriers, self._clock.monotonic_s())
-
-    async def _weigh_routes(self) -> None:
-        while True:
-            began_s = self._clock.monotonic_s()
-            models = {m: (registry.shape_of(e), dict(self.fleet.carriers(m))) for m, e in self.fleet.entries().items()}
-            try:
-                # In a thread, and less often where it takes long: heartbeats and routes go on meanwhile.
-                await asyncio.to_thread(self._router.refresh, models)
-            except Exception:
-                log.exception("weighing routes failed; the weights of before stay in use")
-            took_s = self._clock.monotonic_s() - began_s
-            await self._clock.sleep(max(self._config.routing.refresh_s, WEIGH_REST_FACTOR * took_s))
+        carriers, shape, now_s = self.fleet.carriers(entry.model), registry.shape_of(entry), self._clock.monotonic_s()
+        if request.rebuild_tokens:
+            # What took one device of a chain may have taken others, of whom we have not heard since.
+            lately = self.fleet.heard_since(now_s - OVERDUE_INTERVALS * self._config.membership.heartbeat_interval_s)
+            reply = self._router.route(request, shape, {n: c for n, c in carriers.items() if n in lately}, now_s)
+            if reply.hops:
+                return reply
+        return self._router.route(request, shape, carriers, now_s)
 
     async def _on_catalogue(self, _: str, __: bytes) -> bytes:
         return encode_catalogue(self.catalogue())
@@ -336,7 +358,8 @@ class Coordinator:
         return Catalogue(models=models, stores=tuple(heard.announced.address for heard in self.fleet.stores.values()))
 
     async def _on_status(self, _: str, __: bytes) -> bytes:
-        return encode_status(self.status(STATUS_NODES_MAX))
+        now_s = self._clock.monotonic_s()
+        return self._status_answer.give(now_s, lambda: encode_status(self.status(STATUS_NODES_MAX)))
 
     def status(self, nodes_max: int = NODES_MAX) -> FleetStatus:
         now_s = self._clock.monotonic_s()
@@ -352,6 +375,8 @@ class Coordinator:
             dropped_messages=dict(self._guard.dropped),
             coordinators=(self._colleagues.report(), *self._colleagues.others()),
             neighbours=self._neighbours.known(),
+            standing=self._lease.standing,
+            why=self._lease.why,
         )
 
     # --- helpers --------------------------------------------------------------------------------

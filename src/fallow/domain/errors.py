@@ -220,6 +220,18 @@ class RequestRefused(TrustError):
     code = "request_refused"
 
 
+class MembershipEnded(RequestRefused):
+    """A request of somebody who was revoked, left or was retired: only a new invitation changes that, if anything."""
+
+    code = "membership_ended"
+
+
+class RegistrarUnavailable(TrustError):
+    """The registrar cannot be reached, or cannot answer now. Nothing is known to be wrong with the request."""
+
+    code = "registrar_unavailable"
+
+
 class CharterInvalid(TrustError):
     """The council's repository failed verification: rolled back, frozen, mixed, wrongly or too little signed."""
 

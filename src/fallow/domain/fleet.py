@@ -1,7 +1,7 @@
 """The messages that travel on the control bus: heartbeats up, commands down, routes to gateways.
 
 Commands are imperative (`PlaceStage`), facts are past tense or states (`Heartbeat`, `NodeGone`). No prompt, token or
-activation ever travels here. Subjects are built by the functions at the end, and nowhere else.
+activation ever travels here. Subjects are those of `subjects.py`.
 """
 
 from enum import IntEnum, StrEnum
@@ -9,10 +9,12 @@ from typing import Annotated
 
 import msgspec
 
-from fallow.domain.cells import NeighbourCell, digests
+from fallow.domain.cells import NeighbourCell
 from fallow.domain.frames import PeerAddress
 from fallow.domain.ids import Digest, ModelName, NodeId, SessionId
 from fallow.domain.model import ModelConfig, Quantisation, Span, StageSpec
+from fallow.domain.subjects import Subjects as Subjects  # noqa: PLC0414 - messages and where they go are asked for together
+from fallow.domain.subjects import sender_of as sender_of  # noqa: PLC0414
 
 Epoch = Annotated[int, msgspec.Meta(ge=0, le=1 << 62)]
 """Counts the coordinators that have led a cell; 0 where there is no lease to lead by."""
@@ -100,6 +102,9 @@ class Heartbeat(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     outlook: Outlook | None = None
     standing: str = "working"
     """A `Standing`: whether it may work, and if not, why."""
+    passport: str = ""
+    """Who the registrar says that it is, which its tier follows from. Told with the first, when it changes or somebody
+    asks who is there, and now and then; empty otherwise."""
 
 
 class NodeGone(msgspec.Struct, frozen=True, kw_only=True):
@@ -173,11 +178,13 @@ class CoordinatorReport(msgspec.Struct, frozen=True, kw_only=True):
 # --- routing ------------------------------------------------------------------------------------
 
 
-class Hop(msgspec.Struct, frozen=True, kw_only=True):
+class Hop(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """One stage of a session's chain."""
 
     address: PeerAddress
     span: Span
+    grant: bytes = b""
+    """At a gateway, the leave to open it, out of `RouteReply.grants`. It never travels with a hop."""
 
 
 class RouteRequest(msgspec.Struct, frozen=True, kw_only=True):
@@ -189,6 +196,8 @@ class RouteRequest(msgspec.Struct, frozen=True, kw_only=True):
     exclude: tuple[NodeId, ...] = ()
     keep: tuple[Hop, ...] = ()
     origin: NodeId | None = None
+    rebuild_tokens: Annotated[int, msgspec.Meta(ge=0, le=1 << 24)] = 0
+    """How many tokens newcomers must compute anew before the next one: a running answer waits for it."""
 
 
 class RouteReply(msgspec.Struct, frozen=True, kw_only=True):
@@ -303,98 +312,6 @@ class FleetStatus(msgspec.Struct, frozen=True, kw_only=True):
     neighbours_left_out: int = 0
     models_left_out: int = 0
     gateways_left_out: int = 0
-
-
-class Subjects:
-    """Bus subjects of one cell. Where a subject names a device or a process, it is the one that sends (the last but one
-    word), so that the bus can hold everybody to their own name; `*` listens to all of a kind."""
-
-    def __init__(self, cell: str) -> None:
-        self._cell = cell
-        self._root = f"fallow.{cell}"
-
-    def heartbeat(self, node: NodeId | str = "*") -> str:
-        return f"{self._root}.node.{node}.heartbeat"
-
-    def leaving(self, node: NodeId | str = "*") -> str:
-        return f"{self._root}.node.{node}.leaving"
-
-    def command(self, node: NodeId | str) -> str:
-        """Orders to one device: the only subject that names who receives."""
-        return f"{self._root}.node.{node}.command"
-
-    @property
-    def hello(self) -> str:
-        """A coordinator has started: nodes, stores and gateways report at once. The message is empty."""
-        return f"{self._root}.hello"
-
-    @property
-    def leader(self) -> str:
-        """`LeaderChanged`, when a coordinator begins to lead."""
-        return f"{self._root}.leader"
-
-    def coordinator(self, id: str = "*") -> str:  # noqa: A002
-        """`CoordinatorReport`s."""
-        return f"{self._root}.coordinator.{id}.report"
-
-    @property
-    def gone(self) -> str:
-        return f"{self._root}.gone"
-
-    def route(self, gateway: NodeId | str = "*") -> str:
-        """`RouteRequest`s of a gateway."""
-        return f"{self._root}.gateway.{gateway}.route"
-
-    def gateway(self, gateway: NodeId | str = "*") -> str:
-        """`GatewayReport`s."""
-        return f"{self._root}.gateway.{gateway}.report"
-
-    def store(self, store: NodeId | str = "*") -> str:
-        """`StoreAnnounced`, by the gateway that serves it."""
-        return f"{self._root}.gateway.{store}.store"
-
-    @property
-    def catalogue(self) -> str:
-        return f"{self._root}.catalogue"
-
-    @property
-    def status(self) -> str:
-        return f"{self._root}.status"
-
-    def relay(self, receiver: NodeId | str, sender: NodeId | str = "*") -> str:
-        """Sealed frames from one device to another. The sender is the last word, and the bus holds it to that."""
-        return f"{self._root}.relay.{receiver}.{sender}"
-
-    # --- trust ---
-
-    @property
-    def revocations(self) -> str:
-        """Envelopes of a `RevocationList`, by the registrar."""
-        return f"{self._root}.revocations"
-
-    @property
-    def halt(self) -> str:
-        """Envelopes of a `Halt`."""
-        return f"{self._root}.halt"
-
-    @property
-    def charter(self) -> str:
-        """The council's repository has changed, or a halt has ended: look now. The message is empty."""
-        return f"{self._root}.charter"
-
-    # --- between cells ---
-
-    @property
-    def digest(self) -> str:
-        """This cell's `CellDigest`s."""
-        return digests(self._cell)
-
-    @property
-    def ask(self) -> str:
-        """`CellQuestion`s to this cell's coordinator."""
-        return f"fallow.cells.{self._cell}.ask"
-
-
-def sender_of(subject: str) -> str:
-    """Who sent a message on a subject that names its sender: the last word but one."""
-    return subject.rsplit(".", 2)[-2]
+    standing: str = "working"
+    """The coordinator's own `Standing`, which is the network's unless it alone is cut off; and `why`, for people."""
+    why: str = ""

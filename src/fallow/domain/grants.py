@@ -5,6 +5,7 @@ Signing and checking signatures is `trust/grants.py`'s; whether a grant allows w
 
 import msgspec
 
+from fallow.domain.fleet import NodeCommand
 from fallow.domain.ids import Digest, NodeId, SessionId
 from fallow.domain.model import Span
 
@@ -28,6 +29,17 @@ class Grant(msgspec.Struct, frozen=True, kw_only=True):
     """Positions at or above it are refused."""
     issued_unix_s: float
     expires_unix_s: float
+
+
+class Order(msgspec.Struct, frozen=True, kw_only=True):
+    """An order to one device, in an envelope `fallow/order` signed by a coordinator."""
+
+    cell: str
+    node: NodeId
+    sequence: int
+    """Rises with every order of a coordinator, over its restarts, too: a device takes none twice."""
+    issued_unix_s: float
+    command: NodeCommand
 
 
 class Signed(msgspec.Struct, frozen=True, array_like=True):

@@ -112,6 +112,23 @@ class BlobRef(msgspec.Struct, frozen=True, kw_only=True):
     chunk_digests: tuple[Digest, ...]
 
 
+class RowBounds(msgspec.Struct, frozen=True, kw_only=True):
+    """What rows of one kind are like at a cut point (`policy/activations.py`). Float16 `[hidden]`, in base64."""
+
+    centre: str
+    spread: str
+    reach: float
+    energy_min: float
+    energy_max: float
+
+
+class CutBounds(msgspec.Struct, frozen=True, kw_only=True):
+    """The kinds of rows that cross one cut point."""
+
+    layer: int
+    kinds: tuple[RowBounds, ...]
+
+
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     """A servable model. Encoded as canonical JSON; the digest of those bytes identifies the model.
 
@@ -143,6 +160,9 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     licence: str | None = None
     source: str = ""
     """A file name and its SHA-256, for people; never a path or an address."""
+    activations: tuple[CutBounds, ...] = ()
+    """What hidden rows are like at each cut point, measured at import; none in manifests of earlier versions, whose
+    bytes do not have the field."""
 
 
 class StageSpec(msgspec.Struct, frozen=True, kw_only=True, gc=False):

@@ -32,6 +32,7 @@ from typing import Protocol
 
 import msgspec
 
+from fallow.domain.credentials import Passport
 from fallow.domain.errors import FabricError
 from fallow.domain.frames import Frame, PeerAddress
 from fallow.domain.ids import NodeId
@@ -99,8 +100,20 @@ class Admission(Protocol):
         """Ours, for `Hello`; the newest."""
         ...
 
-    def admit(self, peer: NodeId, passport: str) -> float:
-        """Until when, in unix seconds, a peer is admitted by what it showed. Raises `PassportRefused`."""
+    def admit(self, peer: NodeId, passport: str) -> Passport:
+        """What a peer is, by the document that it showed. Raises `PassportRefused`."""
+        ...
+
+    def computes(self, passport: Passport) -> bool:
+        """Whether its holder is a device, which may be sent rows. Nobody else is, whoever names it in a chain."""
+        ...
+
+    def life_left_s(self, passport: Passport) -> float:
+        """For how long it is good from now on."""
+        ...
+
+    def revoked(self, peer: NodeId) -> bool:
+        """Whether a peer that was admitted is welcome no longer. Asked often: costs no signature."""
         ...
 
 

@@ -37,6 +37,9 @@ MAX_ENDPOINT_CHARS: Final = 256
 MAX_CAPABILITIES: Final = 64
 MAX_NAME_CHARS: Final = 64
 MAX_MESSAGE_CHARS: Final = 4096
+MAX_PASSPORT_CHARS: Final = 4096
+MAX_GRANT_BYTES: Final = 8192
+"""An envelope, and the passport of who signed it."""
 
 Expectation = str
 """What was expected; a check returns it when the value is not that, and `None` when all is well."""
@@ -62,6 +65,13 @@ def _hex(digits: int) -> Check:
 def _text(chars_max: int) -> Check:
     def check(value: str) -> Expectation | None:
         return None if len(value) <= chars_max else f"at most {chars_max} characters"
+
+    return check
+
+
+def _octets(bytes_max: int) -> Check:
+    def check(value: bytes) -> Expectation | None:
+        return None if len(value) <= bytes_max else f"at most {bytes_max} bytes"
 
     return check
 
@@ -104,6 +114,7 @@ _FIELDS: Final[dict[str, Check]] = {
     "version_max": _version,
     "capabilities": _texts(MAX_CAPABILITIES, MAX_NAME_CHARS),
     "role": _name,
+    "passport": _text(MAX_PASSPORT_CHARS),
     "nonce": _within(0, MAX_NONCE),
     "code": _name,
     "message": _text(MAX_MESSAGE_CHARS),
@@ -111,6 +122,7 @@ _FIELDS: Final[dict[str, Check]] = {
     "epoch": _within(0, MAX_EPOCH),
     "model": _hex(64),
     "span": _span,
+    "grant": _octets(MAX_GRANT_BYTES),
     "reserve_tokens": _within(0, MAX_POSITION),
     "position": _position,
     "log_start": _position,

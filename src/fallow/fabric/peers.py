@@ -1,10 +1,11 @@
 """Conversations with peers: dialling, the handshake, liveness, and which link to use.
 
 Rules
-- Nodes and gateways use the same `Peers`. Its caller sees frames and losses; `Hello`, `Ping`, `Pong` and `Goodbye`
-  never leave here.
+- Nodes and gateways use the same `Peers`. Its caller sees frames and losses; `Hello`, `Credentials`, `Ping`, `Pong` and
+  `Goodbye` never leave here.
 - The first frame on a link is `Hello`, in both directions; anything else first closes the link. Versions are
-  negotiated there (`ProtocolVersionMismatch`).
+  negotiated there (`ProtocolVersionMismatch`), and peers admitted (`not_admitted`): each side shows its passport, and a
+  newer one before that runs out. Who was revoked, or shows none in time, loses its links at once.
 - `on_frame` is called synchronously, in order per link, from where the bytes arrive: no task and no queue per frame.
   It must be quick. An exception in it closes that link alone.
 - Two peers that dial each other at once have two links. Sending sticks to one while it lives; frames are taken from
@@ -21,11 +22,14 @@ import secrets
 from collections.abc import Callable, Coroutine
 from typing import Any, Final, cast
 
+import msgspec
+
 from fallow.domain.clock import Clock
+from fallow.domain.credentials import Role
 from fallow.domain.errors import LinkClosed
 from fallow.domain.frames import PROTOCOL_VERSION, PROTOCOL_VERSION_MIN, Frame, Hello, PeerAddress
 from fallow.domain.ids import NodeId
-from fallow.fabric.contract import DIAL_TIMEOUT_S, LinkEndpoint, PushLink
+from fallow.fabric.contract import DIAL_TIMEOUT_S, Admission, LinkEndpoint, PushLink
 from fallow.fabric.peer_link import INSTANCE_PREFIX, PeerLink
 from fallow.policy.liveness import Liveness, pause_s
 
@@ -46,6 +50,7 @@ class Peers:
         clock: Clock,
         *,
         role: str,
+        admission: Admission,
         on_frame: Callable[[NodeId, Frame], None],
         on_lost: Callable[[NodeId, str], None],
         capabilities: tuple[str, ...] = (),
@@ -56,6 +61,7 @@ class Peers:
         self._on_frame = on_frame
         self._on_lost = on_lost
         self._liveness = liveness
+        self._admission = admission
         self._hello = Hello(
             version_min=PROTOCOL_VERSION_MIN,
             version_max=PROTOCOL_VERSION,
@@ -121,6 +127,21 @@ class Peers:
     def rtt_s(self, peer: NodeId) -> float | None:
         """Round trip to a peer, smoothed, as measured by our own pings; `None` before the first."""
         return next((link.rtt_s for link in self._links.get(peer, ()) if link.rtt_s is not None), None)
+
+    def role(self, peer: NodeId) -> Role | None:
+        """What a peer with an open link is, by its passport."""
+        links = self._links.get(peer)
+        return links[0].role if links else None
+
+    def computes(self, peer: NodeId) -> bool:
+        """Whether a peer with an open link is a device, by its passport."""
+        links = self._links.get(peer)
+        return links is not None and links[0].computes
+
+    def drop(self, peer: NodeId, why: str) -> None:
+        """Close every link with a peer that is not welcome any more (`not_admitted`)."""
+        for link in [*self._links.get(peer, ()), *(link for link in self._greeting if link.peer == peer)]:
+            link.expel(why)
 
     async def probe(self, peer: NodeId, timeout_s: float) -> bool:
         """Ask a peer for a sign of life. Without one in time its links are dropped, `on_lost` is called: false."""
@@ -198,9 +219,10 @@ class Peers:
         return len(self._links.get(peer, ())) + sum(link.peer == peer for link in self._greeting)
 
     def _adopt(self, opened: object) -> PeerLink:
-        link = PeerLink(cast(PushLink, opened), self._clock, self._liveness)
+        link = PeerLink(cast(PushLink, opened), self._clock, self._liveness, self._admission)
         self._greeting.add(link)
-        link.open(self._hello, self._on_frame, self._greeted, self._ended)
+        hello = msgspec.structs.replace(self._hello, passport=self._admission.passport)
+        link.open(hello, self._on_frame, self._greeted, self._ended)
         return link
 
     # --- events of links ---

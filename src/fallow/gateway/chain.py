@@ -7,6 +7,8 @@ Rules
   token; an idle conversation that meets trouble is simply dropped by its owner.
 - A repair that finds no chain waits for one, `REPAIR_TIMEOUT_S` at most, so that a device that appears is used; then
   the client gets `NoRoute`.
+- A device that says that it leaves still serves for a while: the chain's owner may move the conversation meanwhile
+  (`moves.py`); otherwise it is repaired at once.
 - Prompt rows in flight are bounded: `WINDOW_ROWS` beyond the last result.
 
 It does not sample, render text or speak HTTP.
@@ -15,17 +17,20 @@ It does not sample, render text or speak HTTP.
 import asyncio
 import logging
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Final
 
 import numpy as np
 
+from fallow.domain.charter import Standing
 from fallow.domain.clock import Clock
 from fallow.domain.errors import (
     BusTimeout,
     BusUnavailable,
     FallowError,
+    GrantRefused,
     KvExhausted,
     NoRoute,
+    PassportRefused,
     StageRefused,
 )
 from fallow.domain.fleet import Hop
@@ -44,8 +49,10 @@ from fallow.domain.frames import (
 )
 from fallow.domain.ids import Digest, NodeId, SessionId
 from fallow.fabric.peers import Peers
-from fallow.gateway.contract import Candidates
+from fallow.gateway.contract import Candidates, Router
+from fallow.gateway.lost_devices import Avoided
 from fallow.gateway.results import last_candidates
+from fallow.gateway.waker import Waker
 from fallow.policy.recovery import Rewind, StagePosition, plan_recovery, valid_tokens, with_rewind
 
 CHUNK_ROWS = 64
@@ -54,6 +61,8 @@ that is rebuilt, side by side."""
 WINDOW_ROWS = 16 * CHUNK_ROWS
 OPEN_TIMEOUT_S = 3.0
 """How long a stage may take to answer `OpenStage`; it first finishes what it computes."""
+DIAL_PATIENCE_S = 1.0
+"""How long a chain waits for a link to a device that it needs. The dial itself goes on: another chain may use it."""
 REPAIR_TIMEOUT_S = 30.0
 REPAIR_RETRY_S = 0.1
 AVOID_S = 8.0
@@ -66,17 +75,10 @@ AVOID_FULL_S = 0.2
 STALL_TIMEOUT_S = 15.0
 """Without any progress for so long, the chain is asked where it stands even though every link lives."""
 
+_REFUSES_LONG: Final = frozenset({"link_closed", GrantRefused.code, *Standing})
+"""Codes of refusals that last: nobody answers, the device's clock is wrong, or it may not work."""
+
 log = logging.getLogger(__name__)
-
-
-class Router(Protocol):
-    """Where chains come from: the coordinator, over the bus."""
-
-    async def route(
-        self, model: Digest, session: SessionId, reserve_tokens: int, exclude: frozenset[NodeId], keep: Sequence[Hop]
-    ) -> tuple[Hop, ...]:
-        """A chain that covers the model. Raises `NoRoute`, `BusTimeout`, `BusUnavailable`."""
-        ...
 
 
 class Chain:
@@ -92,7 +94,11 @@ class Chain:
         router: Router,
         clock: Clock,
         on_event: Callable[[str], None],
+        on_unreached: Callable[[NodeId], None] = lambda _: None,
+        on_leaving: Callable[["Chain", NodeId], bool] = lambda *_: False,
+        vocab_size: int | None = None,
     ) -> None:
+        """`on_leaving` hears of a device of the chain that is about to go, and says whether its owner sees to that."""
         self.session = session
         self.model = model
         self.top_k = top_k
@@ -101,12 +107,17 @@ class Chain:
         self._phases: list[Phase] = []
         """How each token's row was computed first, and must be computed again when it is lost."""
         self.hops: tuple[Hop, ...] = ()
+        self.granted_s = 0.0
+        """When its hops' grants came."""
         self.repairs = 0
         self.broken = False
         self._peers = peers
         self._router = router
         self._clock = clock
         self._on_event = on_event
+        self._on_unreached = on_unreached
+        self._on_leaving = on_leaving
+        self._vocab_size = vocab_size
         self._epoch = 0
         self._fed = 0
         self._fed_once = 0
@@ -115,8 +126,10 @@ class Chain:
         self._received = 0
         self._candidates: Candidates | None = None
         self._trouble: str | None = None
-        self._avoid_until_s: dict[NodeId, float] = {}
-        self._wake: asyncio.Future[None] | None = None
+        self._avoided = Avoided(clock)
+        self._refused: set[NodeId] = set()
+        """Devices that did not take a grant; one that takes none again is avoided."""
+        self._waker = Waker()
         self._states: dict[NodeId, StageState | Refused] = {}
         self._progress_at_s = clock.monotonic_s()
 
@@ -143,21 +156,30 @@ class Chain:
 
         Raises `NoRoute` when no chain was found within `REPAIR_TIMEOUT_S`.
         """
-        self.tokens.extend(tokens)
-        self._phases.extend([phase] * len(tokens))
-        self._candidates = None
-        self._progress_at_s = self._clock.monotonic_s()
-        while self._received < len(self.tokens):
-            if self._in_trouble():
-                await self._repair()
-            await self._feed()
-            if not self._in_trouble() and self._received < len(self.tokens):
-                await self._sleep_until_woken()
-        return self._newest()
-
-    def _newest(self) -> Candidates:
+        self.append(tokens, [phase] * len(tokens))
+        await self.settle()
         assert self._candidates is not None, "results are complete, so the last one came with its logits"
         return self._candidates
+
+    def append(self, tokens: Sequence[int], phases: Sequence[Phase]) -> None:
+        """Add tokens, each with the phase that it is computed in; `settle` computes them."""
+        self.tokens.extend(tokens)
+        self._phases.extend(phases)
+        self._candidates = None
+        self._progress_at_s = self._clock.monotonic_s()
+
+    def since(self, position: int) -> tuple[list[int], list[Phase]]:
+        """The conversation from a position on, as `append` takes it."""
+        return self.tokens[position:], self._phases[position:]
+
+    async def settle(self) -> None:
+        """Have everything computed. Raises as `advance`."""
+        while self._received < len(self.tokens):
+            if self._trouble is not None:
+                await self._repair()
+            await self._feed()
+            if self._trouble is None and self._received < len(self.tokens):
+                await self._waker.sleep()
 
     def close(self) -> None:
         """Free the session everywhere. Idempotent."""
@@ -179,10 +201,15 @@ class Chain:
         elif isinstance(header, StageState | Refused):
             if header.epoch == self._epoch and peer in self.nodes():
                 self._states[peer] = header
-                self._wake_up()
+                self._waker.wake()
         elif isinstance(header, Fault) and peer in self.nodes():
+            if header.code == "leaving" and not self.broken and self._on_leaving(self, peer):
+                self.avoid(peer)
+                return
             # `leaving` and its like are about the sender; otherwise the sender says whom it suspects.
-            suspect = peer if header.suspect is None else header.suspect
+            suspect: NodeId | None = peer if header.suspect is None else header.suspect
+            if header.code == GrantRefused.code:
+                suspect = None  # another grant will do
             if header.epoch == self._epoch or header.code in ("leaving", "engine_lost"):
                 avoid_s = AVOID_ENGINE_S if header.code == "engine_lost" else AVOID_S
                 self.in_trouble(f"{header.code}: {header.message}", suspect, avoid_s)
@@ -190,13 +217,14 @@ class Chain:
     def in_trouble(self, reason: str, suspect: NodeId | None, avoid_s: float = AVOID_S) -> None:
         """Note that the chain needs repair, and whom to avoid."""
         if suspect is not None:
-            self._avoid_until_s[suspect] = self._clock.monotonic_s() + avoid_s
+            self.avoid(suspect, avoid_s)
         self._trouble = self._trouble or reason
         self.broken = True
-        self._wake_up()
+        self._waker.wake()
 
-    def _in_trouble(self) -> bool:
-        return self._trouble is not None
+    def avoid(self, node: NodeId, avoid_s: float = AVOID_S) -> None:
+        """Open nothing on a device for a while."""
+        self._avoided.note(node, avoid_s)
 
     def check_stall(self) -> None:
         """Called at an interval: without progress on live links, ask the chain where it stands."""
@@ -214,19 +242,19 @@ class Chain:
             if header.logit_count == 0:
                 self.in_trouble("a result without the logits that were asked for", self.hops[-1].address.node)
                 return
-            candidates = last_candidates(header, payload)
+            candidates = last_candidates(header, payload, self._vocab_size)
             if candidates is None:
                 self.in_trouble("a result that cannot be read", self.hops[-1].address.node)
                 return
             self._candidates = candidates
         self._received = end
-        self._wake_up()
+        self._waker.wake()
 
     # --- feeding -------------------------------------------------------------------------------
 
     async def _feed(self) -> None:
         while self._fed < len(self.tokens) and self._fed - self._received < WINDOW_ROWS:
-            if self._in_trouble():
+            if self._trouble is not None:
                 return
             phase = self._phases[self._fed]
             limit = min(self._fed + CHUNK_ROWS, len(self.tokens))
@@ -234,14 +262,9 @@ class Chain:
             while self._fed + count < limit and self._phases[self._fed + count] is phase:
                 count += 1
             rows = Rows(
-                session=self.session,
-                epoch=self._epoch,
-                position=self._fed,
-                count=count,
-                phase=phase,
-                logits_from=len(self.tokens) - 1,
-                top_k=self.top_k,
-            )
+                session=self.session, epoch=self._epoch, position=self._fed, count=count, phase=phase,
+                logits_from=len(self.tokens) - 1, top_k=self.top_k,
+            )  # fmt: skip
             payload = np.asarray(self.tokens[self._fed : self._fed + count], np.int32).tobytes()
             self._fed += count
             self._fed_once = max(self._fed_once, self._fed)
@@ -253,7 +276,20 @@ class Chain:
         try:
             await self._peers.send(address, frame)
         except FallowError as error:
+            self._on_unreached(address.node)
             self.in_trouble(f"{error.code}: {error.message}", address.node)
+
+    async def _reach(self, address: PeerAddress, frame: Frame) -> None:
+        """Send to a device that may have to be dialled first."""
+        if self._peers.post(address.node, frame):
+            return
+        try:
+            async with asyncio.timeout(DIAL_PATIENCE_S):
+                await self._send(address, frame)
+        except TimeoutError:
+            self._on_unreached(address.node)
+            reason = f"{address.node[:8]} was not reached in {DIAL_PATIENCE_S:g} s"
+            self.in_trouble(reason, address.node, AVOID_ENGINE_S)
 
     # --- opening and repairing -----------------------------------------------------------------
 
@@ -280,29 +316,25 @@ class Chain:
         self.repairs += 1
         self.broken = False
         self._progress_at_s = self._clock.monotonic_s()
-        stall_s = self._progress_at_s - started_s
-        self._on_event(f"session {self.session[:8]}: repaired in {stall_s * 1000:.0f} ms over {self.describe()}")
+        took_ms = 1000 * (self._progress_at_s - started_s)
+        self._on_event(f"session {self.session[:8]}: repaired in {took_ms:.0f} ms over {self.describe()}")
 
     def describe(self) -> str:
         return " > ".join(f"{hop.address.node[:8]}{hop.span}" for hop in self.hops)
 
     def _alive(self) -> tuple[Hop, ...]:
-        avoided = self._avoided()
-        return tuple(hop for hop in self.hops if hop.address.node not in avoided)
-
-    def _avoided(self) -> frozenset[NodeId]:
-        now_s = self._clock.monotonic_s()
-        return frozenset(node for node, until_s in self._avoid_until_s.items() if until_s > now_s)
+        return tuple(hop for hop in self.hops if hop.address.node not in self._avoided.now())
 
     async def _connect(self, keep: Sequence[Hop]) -> None:
         """Route, open every stage, plan, and let rows flow."""
-        hops = await self._router.route(self.model, self.session, self.reserve_tokens, self._avoided(), keep)
-        for gone in set(self.nodes()) - {hop.address.node for hop in hops}:
-            self._peers.post(gone, Frame(CloseSession(session=self.session)))
-        for changed in self.hops:
-            if any(hop.address.node == changed.address.node and hop.span != changed.span for hop in hops):
-                self._peers.post(changed.address.node, Frame(CloseSession(session=self.session)))
+        avoided = self._avoided.now()
+        hops = await self._router.route(self.model, self.session, self.reserve_tokens, avoided, keep, len(self.tokens))
+        spans = {hop.address.node: hop.span for hop in hops}
+        for before in self.hops:
+            if spans.get(before.address.node) != before.span:
+                self._peers.post(before.address.node, Frame(CloseSession(session=self.session)))
         self.hops = hops
+        self.granted_s = self._clock.monotonic_s()
         self._epoch += 1
         self._states = {}
         states = await self._open_stages(hops)
@@ -315,14 +347,10 @@ class Chain:
         )
         for index, (hop, stage) in enumerate(zip(hops, plan.stages, strict=True)):
             flow = Flow(
-                session=self.session,
-                epoch=self._epoch,
-                previous=hops[index - 1].address.node if index else None,
+                session=self.session, epoch=self._epoch, forward_from=stage.forward_from, results_from=self._received,
+                rewind_to=stage.rewind_to, previous=hops[index - 1].address.node if index else None,
                 next=hops[index + 1].address if index + 1 < len(hops) else None,
-                forward_from=stage.forward_from,
-                results_from=self._received,
-                rewind_to=stage.rewind_to,
-            )
+            )  # fmt: skip
             await self._send(hop.address, Frame(flow))
         self._fed = plan.feed_from
 
@@ -330,26 +358,22 @@ class Chain:
         """Every stage's state at this epoch. Raises `KvExhausted` or `StageRefused`, having noted whom to avoid."""
         opening = [
             OpenStage(
-                session=self.session,
-                epoch=self._epoch,
-                model=self.model,
-                span=hop.span,
-                reserve_tokens=self.reserve_tokens,
-            )
-            for hop in hops
-        ]
-        await asyncio.gather(*(self._send(hop.address, Frame(o)) for hop, o in zip(hops, opening, strict=True)))
+                session=self.session, epoch=self._epoch, model=self.model, span=hop.span, grant=hop.grant,
+                reserve_tokens=self.reserve_tokens) for hop in hops
+        ]  # fmt: skip
+        await asyncio.gather(*(self._reach(hop.address, Frame(o)) for hop, o in zip(hops, opening, strict=True)))
         deadline_s = self._clock.monotonic_s() + OPEN_TIMEOUT_S
         while len(self._states) < len(hops) and self._trouble is None:
             remaining_s = deadline_s - self._clock.monotonic_s()
             if remaining_s <= 0:
                 break
-            await self._sleep_until_woken(remaining_s)
+            await self._waker.sleep(remaining_s)
         states: list[StageState] = []
         for hop in hops:
             node = hop.address.node
             answer = self._states.get(node)
             if isinstance(answer, StageState):
+                self._require_device(node)
                 states.append(answer)
                 continue
             if answer is None and self._trouble is not None:
@@ -359,25 +383,18 @@ class Chain:
             if code == KvExhausted.code:
                 self.in_trouble(message, node, AVOID_FULL_S)
                 raise KvExhausted(message)
-            self.in_trouble(message, node, AVOID_S if answer is None else AVOID_ENGINE_S)
+            if code == GrantRefused.code and node not in self._refused:
+                self._refused.add(node)
+                self.in_trouble(message, None)
+            else:
+                self.in_trouble(message, node, AVOID_S if code in _REFUSES_LONG else AVOID_ENGINE_S)
             raise StageRefused(f"{node[:8]} refused: {message}", reason=code)
         if self._trouble is not None:
             raise StageRefused(f"The chain broke while it was opened: {self._trouble}", reason="link_closed")
         return states
 
-    # --- waiting -------------------------------------------------------------------------------
-
-    def _wake_up(self) -> None:
-        if self._wake is not None and not self._wake.done():
-            self._wake.set_result(None)
-
-    async def _sleep_until_woken(self, timeout_s: float | None = None) -> None:
-        """Wait for the next frame or trouble. Handlers run on this loop, so nothing is missed in between."""
-        self._wake = asyncio.get_running_loop().create_future()
-        try:
-            if timeout_s is None:
-                await self._wake
-            else:
-                await asyncio.wait((self._wake,), timeout=timeout_s)
-        finally:
-            self._wake = None
+    def _require_device(self, node: NodeId) -> None:
+        """Raises `StageRefused` for a hop that is no device: a coordinator could name itself to read the rows."""
+        if not self._peers.computes(node):
+            self.in_trouble(f"{node[:8]} is no device", node)
+            raise StageRefused(f"{node[:8]} is no device, and gets no rows.", reason=PassportRefused.code)

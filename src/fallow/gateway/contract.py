@@ -1,4 +1,4 @@
-"""The seam between the API and the fleet: `TokenSource`.
+"""The seams of a gateway: `TokenSource` between the API and the fleet, `Router` between sessions and coordinators.
 
 The API side owns text, templates, sampling and HTTP. The session side owns routes, stages, failures and prefix
 reuse. What passes between them is tokens in, log-probabilities out; a failure that was repaired is invisible here.
@@ -11,7 +11,8 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from fallow.domain.ids import Digest
+from fallow.domain.fleet import Hop
+from fallow.domain.ids import Digest, NodeId, SessionId
 from fallow.domain.model import Manifest
 
 
@@ -25,6 +26,20 @@ class Candidates(msgspec.Struct, frozen=True):
     logprobs: NDArray[np.float32]
     complete: bool
     """Whether these are the whole vocabulary (in id order) rather than the top of it."""
+
+
+class Router(Protocol):
+    """Where chains come from: the coordinator, over the bus."""
+
+    async def route(
+        self, model: Digest, session: SessionId, reserve_tokens: int, exclude: frozenset[NodeId], keep: Sequence[Hop],
+        rebuild_tokens: int,
+    ) -> tuple[Hop, ...]:  # fmt: skip
+        """A chain that covers the model. `rebuild_tokens`: how many its newcomers must compute before the next one.
+
+        Raises `NoRoute`, `KvExhausted`, `BusTimeout`, `BusUnavailable`.
+        """
+        ...
 
 
 class Conversation(Protocol):

@@ -14,9 +14,11 @@ from fallow.domain.errors import (
     BusUnavailable,
     ContextExceeded,
     FallowError,
+    GrantRefused,
     KvExhausted,
     ModelError,
     NoRoute,
+    NotWorking,
     StageRefused,
     UnknownModel,
 )
@@ -24,6 +26,9 @@ from fallow.gateway.schema import ErrorBody, ErrorReply
 
 RETRY_AFTER_S = 2.0
 """When to try again after a lack of capacity."""
+
+RETRY_STOPPED_S = 30.0
+"""When to try again while the network stands still."""
 
 OVERLOADED = "overloaded"
 """The code of a refusal that is no failure: many may come, and none is worth a line in the log."""
@@ -65,6 +70,11 @@ def problem_of(error: BaseException, request_id: str) -> Problem:
         return Problem(400, _invalid(error, "messages"))
     if isinstance(error, BadRequest):
         return Problem(400, _invalid(error, error.param))
+    if isinstance(error, NotWorking):
+        body = ErrorBody(message=error.message, type="server_error", code=error.standing)
+        return Problem(503, body, RETRY_STOPPED_S)
+    if isinstance(error, GrantRefused):
+        return Problem(403, ErrorBody(message=error.message, type="invalid_request_error", code=error.code))
     if isinstance(error, _NO_CAPACITY):
         return Problem(503, ErrorBody(message=error.message, type="server_error", code=error.code), RETRY_AFTER_S)
     if isinstance(error, ModelError):

@@ -12,11 +12,9 @@ import asyncio
 import logging
 from typing import Final
 
-import msgspec
-
 from fallow.domain.clock import Clock
 from fallow.domain.errors import BusTimeout, BusUnavailable
-from fallow.domain.fleet import LeaderChanged, Subjects
+from fallow.domain.fleet import Subjects
 from fallow.fabric.contract import Bus, Subscription
 
 ANSWER_TIMEOUT_S: Final = 2.0
@@ -80,11 +78,6 @@ class Questions:
             asking.cancel()
 
     async def _on_leader(self, _: str, message: bytes) -> None:
-        try:
-            msgspec.json.decode(message, type=LeaderChanged)
-        except msgspec.DecodeError as error:
-            log.debug("an announcement of a leader was not one: %s", error)
-            return
         self._changed.set()
         self._changed = asyncio.Event()
 

@@ -26,17 +26,23 @@ from fallow.domain.errors import (
     StageRefused,
     UnknownModel,
 )
-from fallow.domain.fleet import Catalogue, GatewayReport, Hop, NodeGone, RouteReply, RouteRequest, Subjects
+from fallow.domain.fleet import Catalogue, GatewayReport, NodeGone, Subjects
 from fallow.domain.frames import Fault, Frame, Phase, Refused, Result, StageState
 from fallow.domain.ids import Digest, NodeId, SessionId
 from fallow.domain.model import Manifest
 from fallow.fabric.contract import Bus, Subscription
 from fallow.fabric.peers import Peers
-from fallow.gateway.chain import Chain, Router
+from fallow.gateway.bus_router import BusRouter
+from fallow.gateway.chain import Chain
 from fallow.gateway.contract import Candidates
+from fallow.gateway.lost_devices import CarefulRouter, LostDevices
+from fallow.gateway.moves import Moves
 from fallow.gateway.questions import Questions
+from fallow.gateway.renewals import Renewals
 from fallow.models.store import Store
 from fallow.policy.prefix import common_prefix
+from fallow.trust.contract import Lease, Routes
+from fallow.trust.grants import require_working
 
 ROUTE_TIMEOUT_S = 2.0
 OPEN_ATTEMPTS_MAX = 6
@@ -55,34 +61,6 @@ EVENTS_MAX = 256
 log = logging.getLogger(__name__)
 
 
-class BusRouter:
-    """`Router` over the bus."""
-
-    def __init__(self, questions: Questions, subjects: Subjects, origin: NodeId) -> None:
-        self._questions = questions
-        self._subjects = subjects
-        self._origin = origin
-
-    async def route(
-        self, model: Digest, session: SessionId, reserve_tokens: int, exclude: frozenset[NodeId], keep: Sequence[Hop]
-    ) -> tuple[Hop, ...]:
-        request = RouteRequest(
-            model=model,
-            session=session,
-            reserve_tokens=reserve_tokens,
-            exclude=tuple(sorted(exclude)),
-            keep=tuple(keep),
-            origin=self._origin,
-        )
-        answer = await self._questions.ask(self._subjects.route(self._origin), msgspec.json.encode(request))
-        reply = msgspec.json.decode(answer, type=RouteReply)
-        if not reply.hops:
-            if reply.error is not None and reply.code == KvExhausted.code:
-                raise KvExhausted(reply.error)
-            raise NoRoute(reply.error or "No devices that are here can serve this model.")
-        return reply.hops
-
-
 class FleetConversation:
     """`Conversation` over a chain."""
 
@@ -99,6 +77,7 @@ class FleetConversation:
 
     async def decode(self, token: int) -> Candidates:
         self._source.tokens_decoded += 1
+        self.chain = self._source.newest(self.chain)
         return await self.chain.advance((token,), Phase.DECODE)
 
     async def close(self, *, keep: bool) -> None:
@@ -120,7 +99,8 @@ class FleetTokenSource:
 
     def __init__(
         self, bus: Bus, peers: Peers, store: Store, clock: Clock, subjects: Subjects, origin: NodeId, url: str = "",
-        new_session: Callable[[], SessionId] = lambda: SessionId(secrets.token_hex(16)),
+        new_session: Callable[[], SessionId] = lambda: SessionId(secrets.token_hex(16)), *, lease: Lease,
+        routes: Routes,
     ) -> None:  # fmt: skip
         self._bus = bus
         self._peers = peers
@@ -131,7 +111,11 @@ class FleetTokenSource:
         self._url = url
         self._new_session = new_session
         self._questions = Questions(bus, subjects, clock)
-        self._router: Router = BusRouter(self._questions, subjects, origin)
+        self._lost = LostDevices(peers, clock)
+        self._router = CarefulRouter(BusRouter(self._questions, subjects, origin, lease, routes), self._lost)
+        self._renewals = Renewals(self._router, peers, clock)
+        self._lease = lease
+        self._moves = Moves(self._beside, self._drop, self._on_event)
         self._manifests: dict[Digest, Manifest] = {}
         self._live: dict[SessionId, Chain] = {}
         self._kept: deque[_Kept] = deque()
@@ -152,6 +136,7 @@ class FleetTokenSource:
         if self._subscription is not None:
             await self._subscription.cancel()
         await self._questions.close()
+        await self._renewals.close()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -166,6 +151,7 @@ class FleetTokenSource:
     async def open(
         self, model: Digest, prompt: Sequence[int], max_new_tokens: int, top_k: int | None, owner: str
     ) -> FleetConversation:
+        require_working(self._lease)
         manifest = self._manifests.get(model)
         if manifest is None:
             raise UnknownModel(f"No device serves the model {model[:12]} now.")
@@ -177,18 +163,26 @@ class FleetTokenSource:
         reused = await self._reuse(model, prompt, total, top_k, owner)
         if reused is not None:
             return reused
-        chain = Chain(
-            self._new_session(),
-            model,
-            total,
-            top_k,
-            self._peers,
-            self._router,
-            self._clock,
-            self._on_event,
-        )
+        chain = self._new_chain(model, total, top_k)
         await self._establish(chain)
         return FleetConversation(self, chain, owner, prompt, kept=0)
+
+    def newest(self, chain: Chain) -> Chain:
+        """The chain to go on with between two tokens."""
+        return self._moves.newest(chain)
+
+    def _new_chain(self, model: Digest, reserve_tokens: int, top_k: int | None) -> Chain:
+        manifest = self._manifests.get(model)
+        return Chain(
+            self._new_session(), model, reserve_tokens, top_k, self._peers, self._router, self._clock, self._on_event,
+            self._lost.note, self._moves.begin, manifest.config.vocab_size if manifest is not None else None,
+        )  # fmt: skip
+
+    def _beside(self, chain: Chain) -> Chain:
+        """A chain to move to."""
+        beside = self._new_chain(chain.model, chain.reserve_tokens, chain.top_k)
+        self._live[beside.session] = beside
+        return beside
 
     async def _reuse(
         self, model: Digest, prompt: Sequence[int], total: int, top_k: int | None, owner: str
@@ -249,7 +243,8 @@ class FleetTokenSource:
         self._live.pop(chain.session, None)
         self.repairs += chain.repairs
         chain.repairs = 0
-        if not keep or chain.broken or not chain.hops:
+        moving = self._moves.end(chain)
+        if not keep or moving or chain.broken or not chain.hops:
             chain.close()
             return
         self._kept.append(_Kept(chain, conversation.owner, self._clock.monotonic_s()))
@@ -285,6 +280,7 @@ class FleetTokenSource:
 
     def on_lost(self, peer: NodeId, reason: str) -> None:
         """A link is gone, and every chain over it is broken."""
+        self._lost.note(peer)
         for chain in list(self._live.values()):
             if peer in chain.nodes():
                 chain.in_trouble(f"{peer[:8]} is gone ({reason})", peer)
@@ -327,6 +323,7 @@ class FleetTokenSource:
             now_s = self._clock.monotonic_s()
             for chain in self._live.values():
                 chain.check_stall()
+            self._renewals.look(self._live.values())
             while self._kept and now_s - self._kept[0].since_s > KEPT_CHAIN_AGE_S:
                 self._free_oldest_kept()
             await self._report()

@@ -3,11 +3,15 @@
 Rules
 - It says what the device is and does: a heartbeat every interval, and one at once when something changes, at most one
   in `HEARTBEAT_GAP_S`.
-- It obeys the coordinator's orders about what to host, and nobody else's about anything. Whom it serves is the session
-  frames' business (`stages.py`).
-- Orders of a coordinator that has been replaced are refused: those of a lower epoch than was heard of.
-- When the engine is lost, sessions are told at once, and the engine is started again after a pause that grows with each
-  loss in a row; then what was hosted is loaded again.
+- It obeys the coordinator's orders about what to host, and nobody else's about anything: orders are signed
+  (`trust/grants.py`). Whom it serves is the session frames' business (`stages.py`).
+- Orders of a coordinator that has been replaced are refused: those of a lower epoch than was heard of. So are those for
+  models that the council does not allow; what it allows no longer is dropped.
+- It works under a lease alone (`Lease`). When that ends or the council halts, sessions end, the engine is closed at
+  once, its process with it, and orders are refused; when it may work again, the engine is started and loads what was
+  there.
+- When the engine is lost, sessions are told at once, it is started again (`engine_keeper.py`), and what was hosted is
+  loaded again.
 - `drain` leaves politely: no new sessions, gateways are asked to move theirs, and there is time for them to do so.
 
 Without a bus it goes on serving the sessions that it has.
@@ -21,40 +25,41 @@ from typing import Any
 
 import msgspec
 
+from fallow.domain.charter import Charter, Standing
 from fallow.domain.clock import Clock
-from fallow.domain.errors import BusMessageError, FabricError, FallowError
+from fallow.domain.errors import FabricError, FallowError, TrustError
 from fallow.domain.fleet import (
     Accepted,
     Heartbeat,
-    LeaderChanged,
-    NodeCommand,
     NodeLeaving,
+    PlaceStage,
     StageStatus,
     Subjects,
 )
 from fallow.domain.frames import Chunk, FetchChunk, Frame
 from fallow.domain.ids import NodeId
-from fallow.engine.contract import StageEngine
+from fallow.engine.contract import Loss, StageEngine
 from fallow.fabric.contract import Bus, LinkEndpoint, Subscription
 from fallow.fabric.peers import Peers
 from fallow.models.store import Store
+from fallow.node.engine_keeper import EngineKeeper
 from fallow.node.fetch import ChunkServer, Fetcher
 from fallow.node.history import StayHistory
 from fallow.node.hosting import Hosting
+from fallow.node.row_checks import RowChecks
 from fallow.node.shelf import Shelf, ShelfReader
 from fallow.node.stages import StageRelay
 from fallow.policy.liveness import Liveness
+from fallow.trust.contract import NodeTrust
 
 HEARTBEAT_GAP_S = 0.02
-RESTART_PAUSE_S = 0.1
-RESTART_PAUSE_MAX_S = 30.0
-STABLE_S = 30.0
-"""An engine that ran for so long starts with a clean slate."""
 LINKS_TOLD_MAX = 256
 HISTORY_LOOK_S = 60.0
 SHELF_LOOK_S = 300.0
 """The room left on the disk is looked up so often; what is cached, when a stage has become ready or failed, too."""
 DRAIN_POLL_S = 0.05
+PASSPORT_BEATS = 30
+"""A heartbeat in so many tells the passport again, in case that the one that told it was lost."""
 
 log = logging.getLogger(__name__)
 
@@ -87,7 +92,7 @@ class Agent:
 
     def __init__(
         self, config: AgentConfig, node: NodeId, bus: Bus, endpoint: LinkEndpoint, engine: StageEngine, store: Store,
-        clock: Clock, *, history: StayHistory | None = None, liveness: Liveness = Liveness(),  # noqa: B008 (frozen)
+        clock: Clock, *, trust: NodeTrust, history: StayHistory | None = None, liveness: Liveness = Liveness(),  # noqa: B008 (frozen)
     ) -> None:  # fmt: skip
         self._config = config
         self.node = node
@@ -95,21 +100,28 @@ class Agent:
         self._endpoint = endpoint
         self._engine = engine
         self._clock = clock
+        self._trust = trust
+        self._lease = trust.lease
         self._subjects = Subjects(config.cell)
         self._history = history
         self.peers = Peers(
-            endpoint, clock, role="node", on_frame=self._on_frame, on_lost=self._on_lost, liveness=liveness
-        )
-        self.relay = StageRelay(engine, self.peers, clock, config.log_budget_bytes)
+            endpoint, clock, role="node", admission=trust.admission, on_frame=self._on_frame, on_lost=self._on_lost,
+            liveness=liveness,
+        )  # fmt: skip
+        checks = RowChecks()
+        self.relay = StageRelay(engine, self.peers, clock, config.log_budget_bytes, trust.grants, trust.lease, checks)
         self._server = ChunkServer(store, self.peers)
         self._fetcher = Fetcher(store, self.peers)
-        self.hosting = Hosting(engine, store, self._fetcher, clock, self._changed)
+        self.hosting = Hosting(engine, store, self._fetcher, clock, self._changed, checks)
         self._shelf = Shelf()
         self._shelf_reader = ShelfReader(store)
         self._shelf_stale = asyncio.Event()
         self._settled: frozenset[object] = frozenset()
         self._epoch = 0
         """The highest of a coordinator that was heard of."""
+        self._charter: Charter | None = None
+        """By which what is hosted was looked over last."""
+        self._passport_told = ""
         self._boot = secrets.token_hex(8)
         self._sequence = 0
         self._draining = False
@@ -121,8 +133,9 @@ class Agent:
     # --- life -----------------------------------------------------------------------------------
 
     async def start(self) -> None:
-        """Start the engine, open for links, report. Raises `EngineError`, `BusUnavailable`."""
-        await self._engine.start()
+        """Start the engine if the device may work, open for links, report. Raises `EngineError`, `BusUnavailable`."""
+        if self._may_work():
+            await self._engine.start()
         await self.peers.start()
         for subject, handler in (
             (self._subjects.command(self.node), self._on_command),
@@ -133,7 +146,12 @@ class Agent:
         if self._history is not None:
             self._history.begin()
             self._spawn(self._keep_history(self._history))
-        self._spawn(self._watch_engine())
+        keeper = EngineKeeper(
+            self._engine, self._lease, self._clock, on_stop=self._on_stop, on_lost=self._on_engine_lost,
+            on_running=self._on_running, on_change=self._changed,
+        )  # fmt: skip
+        self._spawn(keeper.watch_standing())
+        self._spawn(keeper.watch_engine())
         self._spawn(self._watch_shelf())
         self._spawn(self._beat())
 
@@ -196,26 +214,32 @@ class Agent:
 
     async def _on_command(self, _: str, message: bytes) -> bytes:
         try:
-            command = msgspec.json.decode(message, type=NodeCommand)
-        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-            log.warning("bad_message: an order that cannot be read was refused: %s", error)
-            return msgspec.json.encode(Accepted(ok=False, message=f"the order cannot be read: {error}"))
+            command = self._trust.orders.unseal(message, self.node)
+        except TrustError as error:
+            log.warning("%s: an order was refused: %s", error.code, error)
+            return msgspec.json.encode(Accepted(ok=False, message=error.message))
         if command.epoch < self._epoch:
             refusal = f"an order of epoch {command.epoch} came after epoch {self._epoch} was heard of"
             return msgspec.json.encode(Accepted(ok=False, message=refusal, epoch=self._epoch))
         self._epoch = command.epoch
         if self._draining:
             return msgspec.json.encode(Accepted(ok=False, message="this device is leaving"))
+        if not self._may_work():
+            return msgspec.json.encode(Accepted(ok=False, message=self._lease.why))
+        if isinstance(command, PlaceStage) and not self._lease.allows(command.stage.model):
+            refusal = f"the council does not allow the model {command.stage.model[:12]}"
+            return msgspec.json.encode(Accepted(ok=False, message=refusal))
         return msgspec.json.encode(self.hosting.order(command))
 
     async def _on_hello(self, _: str, __: bytes) -> None:
+        self._passport_told = ""
         self._changed()
 
     async def _on_leader(self, _: str, message: bytes) -> None:
         try:
-            changed = msgspec.json.decode(message, type=LeaderChanged)
-        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-            log.warning("%s: a leader's word that cannot be read was dropped: %s", BusMessageError.code, error)
+            changed = self._trust.orders.heard(message)
+        except TrustError as error:
+            log.warning("%s: a leader's word was not believed: %s", error.code, error)
             return
         self._epoch = max(self._epoch, changed.epoch)
 
@@ -243,11 +267,25 @@ class Agent:
             self._beat_now.clear()
 
     async def _send_heartbeat(self) -> None:
+        self._look_over()
         self._sequence += 1
+        heartbeat = self.heartbeat()
+        passport = self._trust.admission.passport
+        if passport != self._passport_told or self._sequence % PASSPORT_BEATS == 0:
+            heartbeat = msgspec.structs.replace(heartbeat, passport=passport)
         try:
-            await self._bus.publish(self._subjects.heartbeat(self.node), msgspec.json.encode(self.heartbeat()))
+            await self._bus.publish(self._subjects.heartbeat(self.node), msgspec.json.encode(heartbeat))
+            self._passport_told = passport
         except FabricError as error:
             log.debug("a heartbeat could not be sent: %s", error)
+
+    def _look_over(self) -> None:
+        """Drop what a new charter allows no longer."""
+        if self._lease.charter is not self._charter:
+            self._charter = self._lease.charter
+            for model in self.hosting.drop_all_but(self._lease.allows):
+                log.warning("the council does not allow the model %s any more; it is dropped", model[:12])
+                self.relay.forbid(model)
 
     def heartbeat(self) -> Heartbeat:
         """This device's public state now."""
@@ -272,6 +310,7 @@ class Agent:
             disk_free_bytes=self._shelf.disk_free_bytes,
             cached=self._shelf.cached,
             outlook=None if self._history is None else self._history.outlook(),
+            standing=self._lease.standing,
         )
 
     # --- what the device knows of itself --------------------------------------------------------
@@ -299,30 +338,26 @@ class Agent:
             except TimeoutError:
                 pass
 
-    # --- the engine -----------------------------------------------------------------------------
+    # --- work -----------------------------------------------------------------------------------
 
-    async def _watch_engine(self) -> None:
-        """Start the engine again whenever it is lost."""
-        losses = 0
-        while True:
-            since_s = self._clock.monotonic_s()
-            await self._engine.lost.wait()
-            losses = 1 if self._clock.monotonic_s() - since_s > STABLE_S else losses + 1
-            log.warning("the engine was lost, %d in a row; starting it again", losses)
-            self.relay.engine_lost("The device's engine crashed.")
+    def _may_work(self) -> bool:
+        return self._lease.standing is Standing.WORKING
+
+    def _on_stop(self, standing: Standing, why: str) -> None:
+        self.relay.stop(standing, why)
+        self.hosting.stop()
+
+    def _on_running(self) -> None:
+        self._look_over()  # what the council took back meanwhile is not loaded again
+        self.hosting.reload()
+
+    def _on_engine_lost(self) -> None:
+        loss = self._engine.loss or Loss("The device's engine crashed.")
+        self.relay.engine_lost(loss.reason)
+        if loss.damaged:
+            self.hosting.engine_damaged(loss.reason)
+        else:
             self.hosting.engine_lost()
-            await self._restart_engine(losses)
-            self.hosting.reload()
-
-    async def _restart_engine(self, losses: int) -> None:
-        while True:
-            await self._clock.sleep(min(RESTART_PAUSE_S * 2 ** (min(losses, 16) - 1), RESTART_PAUSE_MAX_S))
-            try:
-                await self._engine.start()
-                return
-            except (FallowError, OSError) as error:
-                losses += 1
-                log.warning("the engine did not start: %s", error)
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)

@@ -6,24 +6,28 @@ Rules
 - What is hosted already serves on until the engine has loaded what replaces it.
 - Fetching is tried again `FETCH_TRIES_MAX` times, with growing pauses. After that, and after a load that fails, the
   stage is `FAILED` with the reason, until the next order.
-- When the engine was lost, everything that was ready is loaded again from the files that are here.
+- When the engine was lost, or the device may work again, everything that was ready is loaded again from the files that
+  are here.
 
 It does not decide what to host, and does not restart the engine.
 """
 
 import asyncio
+import hashlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from pathlib import Path
 
 from fallow.domain.clock import Clock
 from fallow.domain.errors import BlobCorrupt, BlobUnavailable, FallowError
 from fallow.domain.fleet import Accepted, DropStage, HostedStage, NodeCommand, PlaceStage, StageStatus
 from fallow.domain.ids import Digest
-from fallow.domain.model import StageSpec
+from fallow.domain.model import BlobRef, StageSpec
 from fallow.engine.contract import Loaded, StageEngine
 from fallow.models.manifest import layer_files
 from fallow.models.store import Store
 from fallow.node.fetch import Fetcher
+from fallow.node.row_checks import RowChecks
 
 FETCH_TRIES_MAX = 4
 FETCH_PAUSE_S = 1.0
@@ -46,6 +50,8 @@ class _Hosted:
         self.status = StageStatus.FETCHING
         self.progress = 0.0
         self.error: str | None = None
+        self.doubtful = False
+        """Whether its files are to be read and hashed before they are used again."""
         self.newer = asyncio.Event()
         self.task: asyncio.Task[None] | None = None
         self.fetching: asyncio.Task[None] | None = None
@@ -59,8 +65,11 @@ class Hosting:
     """What this device hosts. `on_change` is called after every change that a heartbeat should tell."""
 
     def __init__(
-        self, engine: StageEngine, store: Store, fetcher: Fetcher, clock: Clock, on_change: Callable[[], None]
-    ) -> None:
+        self, engine: StageEngine, store: Store, fetcher: Fetcher, clock: Clock, on_change: Callable[[], None],
+        checks: RowChecks | None = None,
+    ) -> None:  # fmt: skip
+        """`checks` learn the rules of what is hosted here."""
+        self._checks = checks or RowChecks()
         self._engine = engine
         self._store = store
         self._fetcher = fetcher
@@ -163,7 +172,7 @@ class Hosting:
     def _failed(self, hosted: _Hosted, error: Exception) -> None:
         text = error.message if isinstance(error, FallowError) else f"{type(error).__name__}: {error}"
         hosted.status = StageStatus.FAILED
-        hosted.error = "".join(filter(str.isprintable, " ".join(text.split())))[:ERROR_MAX_CHARS]
+        hosted.error = _printable(text)
         log.warning("a stage failed to load: %s", hosted.error)
         self._on_change()
 
@@ -174,11 +183,15 @@ class Hosting:
             hosted.ready = hosted.loaded = None
             self._on_change()
             await self._engine.unload(model)
+            self._checks.forget(model)
         if hosted.order is None:
             del self._models[model]
             self._on_change()
 
     async def _host(self, order: PlaceStage, hosted: _Hosted) -> None:
+        if hosted.doubtful:
+            await self._discard_damaged(order)
+            hosted.doubtful = False
         hosted.fetching = asyncio.get_running_loop().create_task(self._fetch(order, hosted))
         try:
             await hosted.fetching
@@ -198,6 +211,7 @@ class Hosting:
         there = {digest: path for digest, path in files.items() if path is not None}
         if len(there) < len(files):
             raise BlobUnavailable("a file was removed from the store before it could be loaded")
+        self._checks.learn(stage.model, manifest)
         hosted.loaded = await self._engine.load(stage, manifest, there)
         hosted.ready = stage
         if hosted.settled:
@@ -227,6 +241,23 @@ class Hosting:
 
     # --- the engine's life ----------------------------------------------------------------------
 
+    async def _discard_damaged(self, order: PlaceStage) -> None:
+        """Remove files that are not what their digest says, so that they are fetched again."""
+        manifest = await asyncio.to_thread(self._store.manifest, order.stage.model)
+        damaged = await asyncio.to_thread(_damaged, self._store, layer_files(manifest, order.stage))
+        for path in damaged:
+            log.warning("the file %s of %s has changed on the disk; it is fetched again", path.name[:12], manifest.name)
+            path.unlink(missing_ok=True)
+
+    def engine_damaged(self, why: str) -> None:
+        """The engine found that what it held had changed: what was ready has failed, until `reload` has it loaded again
+        from files that are hashed first."""
+        held = [hosted for hosted in self._models.values() if hosted.ready is not None and hosted.order is not None]
+        self.engine_lost()
+        for hosted in held:
+            hosted.status, hosted.error, hosted.doubtful = StageStatus.FAILED, _printable(why), True
+        self._on_change()
+
     def engine_lost(self) -> None:
         """Nothing is ready any more. Orders stay, and are carried out again by `reload`."""
         for hosted in self._models.values():
@@ -235,10 +266,24 @@ class Hosting:
             hosted.ready = hosted.loaded = None
         self._on_change()
 
+    def stop(self) -> None:
+        """This device may not work: end what is being fetched or loaded. Orders stay, and `reload` carries them out."""
+        for hosted in self._models.values():
+            if hosted.task is not None and not hosted.task.done():
+                hosted.task.cancel()
+        self.engine_lost()
+
+    def drop_all_but(self, allowed: Callable[[Digest], bool]) -> tuple[Digest, ...]:
+        """Stop hosting models that are not allowed any more; which these are."""
+        dropped = [model for model, hosted in self._models.items() if hosted.order is not None and not allowed(model)]
+        for model in dropped:
+            self._renew(model, self._models[model], None)
+        return tuple(dropped)
+
     def reload(self) -> None:
         """The engine runs again: load everything that should be here, also what failed because it was lost."""
         for model, hosted in list(self._models.items()):
-            if hosted.order is not None and not hosted.settled:
+            if not hosted.settled:
                 self._renew(model, hosted, hosted.order)
 
     async def close(self) -> None:
@@ -248,3 +293,20 @@ class Hosting:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _damaged(store: Store, refs: Iterable[BlobRef]) -> list[Path]:
+    """Those of these files that are here and are not what their digest says. Reads them all."""
+    found = []
+    for ref in refs:
+        path = store.blob_path(ref.digest)
+        if path is None:
+            continue
+        with path.open("rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != ref.digest:
+                found.append(path)
+    return found
+
+
+def _printable(text: str) -> str:
+    return "".join(filter(str.isprintable, " ".join(text.split())))[:ERROR_MAX_CHARS]

@@ -19,6 +19,7 @@ from typing import Final
 from fallow.domain.frames import Flow, OpenStage, Rows
 from fallow.domain.ids import NodeId, SessionId
 from fallow.node.activation_log import ActivationLog, Buffer
+from fallow.node.allowance import Allowance
 
 HELD_ROWS_MAX: Final = 16_384
 """Rows that a session may have waiting, across frames."""
@@ -46,6 +47,7 @@ ORPHAN_GRACE_S: Final = 20.0
 class Expiry(StrEnum):
     """Why a session goes by itself."""
 
+    UNGRANTED = "its grant ran out and was not renewed"
     ORPHANED = "its gateway did not come back"
     UNUSED = "it was opened and not used"
     IDLE = "it was idle for too long"
@@ -131,8 +133,12 @@ class _Queue:
 class Session:
     """One session on this stage. Only its pump task awaits; frame handlers leave notes and wake it."""
 
-    def __init__(self, gateway: NodeId, opening: OpenStage, budget: RowBudget, now_s: float) -> None:
+    def __init__(
+        self, gateway: NodeId, opening: OpenStage, allowance: Allowance, budget: RowBudget, now_s: float
+    ) -> None:
         self.gateway = gateway
+        self.allowance = allowance
+        """What its grant still allows."""
         self.id: SessionId = opening.session
         self.engine_id = SessionId(secrets.token_hex(16))
         """The engine's name for it. Its own, so that a session that is closed and opened again at once (another span)
@@ -191,6 +197,8 @@ class Session:
 
     def expiry(self, now_s: float) -> Expiry | None:
         """Why this session is to be ended now, if it is."""
+        if now_s >= self.allowance.expires_s:
+            return Expiry.UNGRANTED
         if self.orphaned_at_s is not None and now_s - self.orphaned_at_s >= ORPHAN_GRACE_S:
             return Expiry.ORPHANED
         if not self.rests:

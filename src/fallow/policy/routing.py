@@ -11,6 +11,9 @@ Rules
 - A hop needs KV room for the session's whole reservation; nothing is overcommitted.
 - For a repair, kept hops stay exactly as they are and only the gaps are filled. Where the gaps cannot be filled so, a
   fresh chain is chosen, which may use the kept hops' devices in any way.
+- A repair's client waits until the newcomers have computed the conversation anew. They do so side by side, so the
+  slowest of them counts: no newcomer may take longer than the least of `rebuild_limits_s` with which there is a chain.
+  Sessions on a device slow it down, because a loss hits many at once, and some of them are computed anew as well.
 
 The search is Dijkstra's over (layers covered, carrier), whose labels also hold the carriers used so far, because a
 carrier with separate runs could otherwise come twice: a label is dropped only for a cheaper one that has used up no
@@ -20,7 +23,7 @@ other carrier (label dominance for elementary shortest paths: Feillet et al. 200
 
 import heapq
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import msgspec
 
@@ -36,6 +39,8 @@ ROWS_MAX = 16
 """Rows of one call up to which more of them are thought to be cheaper by the row."""
 LAYER_S_MIN = 1e-6
 """Faster than any device computes a layer; what reports less is believed that much."""
+BESIDE_SHARE = 0.3
+"""How much longer a device takes to compute a session anew for each session that it has besides."""
 UNKNOWN_ROW_SHARE = 0.2
 """What a further row costs of the first one, where nothing was measured."""
 
@@ -60,6 +65,8 @@ class RoutingRules(msgspec.Struct, frozen=True, kw_only=True):
     """How long a session stays, about: what a device's outlook is asked for."""
     session_tokens: int = 200
     """Tokens over which a repair's cost is spread."""
+    rebuild_limits_s: tuple[float, ...] = (1.0, 2.0, 4.0, 8.0)
+    """How long a newcomer of a repaired chain may compute before the next token: the first limit that can be kept."""
     repair_s: float = 1.0
     """What a repair costs its session."""
 
@@ -143,11 +150,13 @@ def route(
     """The cheapest chain for a session, or why there is none."""
     rules = rules or RoutingRules()
     usable = [carrier for carrier in carriers if carrier.node not in request.exclude]
+    limits_s = (*rules.rebuild_limits_s, math.inf) if request.rebuild_tokens else (math.inf,)
     if request.keep and _consistent(request, shape):
-        repaired = _search(request, shape, usable, request.keep, rules)
+        repaired = _search_within(limits_s, request, shape, usable, request.keep, rules)
         if repaired is not None:
             return RouteReply(hops=repaired)
-    hops = _search(request, shape, usable, (), rules) if _reachable(request, shape, usable) else None
+    reachable = _reachable(request, shape, usable)
+    hops = _search_within(limits_s, request, shape, usable, (), rules) if reachable else None
     if hops is not None:
         return RouteReply(hops=hops)
     return refusal(request, shape, carriers, rules)
@@ -190,12 +199,35 @@ def _consistent(request: RouteRequest, shape: ModelShape) -> bool:
     return edge <= shape.layer_count and len(set(nodes)) == len(nodes) and not set(nodes) & set(request.exclude)
 
 
+def rebuild_s(carrier: Carrier, span: Span, tokens: int, rules: RoutingRules) -> float:
+    """Seconds until a newcomer has computed so many tokens anew, beside the sessions that are on it."""
+    row_s = layer_s(carrier.speed, ROWS_MAX, rules.layer_unknown_s) / ROWS_MAX
+    return tokens * span.layer_count * row_s * (1 + BESIDE_SHARE * carrier.sessions)
+
+
+def _search_within(
+    limits_s: Sequence[float],
+    request: RouteRequest,
+    shape: ModelShape,
+    carriers: Sequence[Carrier],
+    keep: Sequence[Hop],
+    rules: RoutingRules,
+) -> tuple[Hop, ...] | None:
+    """The cheapest chain within the first limit that leaves one."""
+    for limit_s in limits_s:
+        hops = _search(request, shape, carriers, keep, rules, limit_s)
+        if hops is not None:
+            return hops
+    return None
+
+
 def _search(
     request: RouteRequest,
     shape: ModelShape,
     carriers: Sequence[Carrier],
     keep: Sequence[Hop],
     rules: RoutingRules,
+    rebuild_max_s: float = math.inf,
 ) -> tuple[Hop, ...] | None:
     kept_nodes = {hop.address.node for hop in keep}
     by_node = {carrier.node: carrier for carrier in carriers}
@@ -203,8 +235,11 @@ def _search(
         hop.span.first: (by_node.get(hop.address.node, _unheard(hop, request)), [hop.span]) for hop in keep
     }
     free = _spans_by_start(
-        [carrier for carrier in carriers if carrier.node not in kept_nodes], request, shape, sorted(forced), rules
-    )
+        [carrier for carrier in carriers if carrier.node not in kept_nodes], request, shape, sorted(forced), rules,
+        rebuild_max_s,
+    )  # fmt: skip
+    if not _joined(shape.layer_count, forced, free):
+        return None
     start_max = {
         carrier.node: max((span.first for span in carrier.stage.pieces), default=0) for carrier in by_node.values()
     }
@@ -245,7 +280,12 @@ def _unheard(hop: Hop, request: RouteRequest) -> Carrier:
 
 
 def _spans_by_start(
-    carriers: Sequence[Carrier], request: RouteRequest, shape: ModelShape, walls: Sequence[int], rules: RoutingRules
+    carriers: Sequence[Carrier],
+    request: RouteRequest,
+    shape: ModelShape,
+    walls: Sequence[int],
+    rules: RoutingRules,
+    rebuild_max_s: float,
 ) -> dict[int, list[tuple[Carrier, list[Span]]]]:
     """For every edge, the carriers that can go on from there and how far; no span runs through the start of a kept
     hop, and only what the KV room allows is offered."""
@@ -256,7 +296,9 @@ def _spans_by_start(
             spans = [
                 span
                 for span in runs_from(carrier.stage, start)
-                if span.last <= wall and kv_bytes(span, request.reserve_tokens, shape) <= carrier.kv_free_bytes
+                if span.last <= wall
+                and kv_bytes(span, request.reserve_tokens, shape) <= carrier.kv_free_bytes
+                and rebuild_s(carrier, span, request.rebuild_tokens, rules) <= rebuild_max_s
             ]
             if spans:
                 price = compute_s(carrier, Span(0, 1), shape, rules) + rules.hop_overhead_s / spans[-1].layer_count
@@ -265,6 +307,20 @@ def _spans_by_start(
         start: [(carrier, spans) for _, _, carrier, spans in sorted(offers)[: rules.carriers_per_piece_max]]
         for start, offers in found.items()
     }
+
+
+def _joined(
+    layer_count: int,
+    forced: Mapping[int, tuple[Carrier, list[Span]]],
+    free: Mapping[int, Sequence[tuple[Carrier, list[Span]]]],
+) -> bool:
+    """Whether the offers reach from the first layer to the last: tells quickly that there is no chain."""
+    reached = {0}
+    for start in sorted({*forced, *free}):
+        if start in reached:
+            options = [forced[start]] if start in forced else free[start]
+            reached.update(span.last for _, spans in options for span in spans)
+    return layer_count in reached
 
 
 def runs_from(stage: StageSpec, start: int) -> list[Span]:

@@ -5,14 +5,15 @@ Rules
 - Nothing here waits for a network but `CharterSource.check`. What is asked for every frame costs no signature.
 """
 
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
-from fallow.domain.charter import Charter, Halt, Standing
+from fallow.domain.charter import Charter, Standing
 from fallow.domain.credentials import Passport
-from fallow.domain.fleet import Hop, NodeCommand, RouteRequest
+from fallow.domain.fleet import Hop, LeaderChanged, NodeCommand, RouteRequest
 from fallow.domain.frames import OpenStage, RenewGrant
 from fallow.domain.grants import Grant
 from fallow.domain.ids import Digest, NodeId
+from fallow.fabric.contract import Admission
 
 
 class Passports(Protocol):
@@ -63,6 +64,10 @@ class GrantBook(Protocol):
         """A grant that goes on where `current` ends. Raises `GrantRefused`, `NotWorking`."""
         ...
 
+    def life_left_s(self, grant: Grant) -> float:
+        """For how long it is good from now on: a deadline by the monotonic clock, which nobody can set."""
+        ...
+
 
 class Orders(Protocol):
     """Orders to devices, signed by a coordinator and believed by nodes."""
@@ -71,6 +76,14 @@ class Orders(Protocol):
 
     def unseal(self, message: bytes, node: NodeId) -> NodeCommand:
         """Raises `SignatureInvalid`, `PassportRefused`, `GrantRefused` (an order to another device)."""
+        ...
+
+    def announce(self, changed: LeaderChanged) -> bytes:
+        """A coordinator's word that it leads, for everybody."""
+        ...
+
+    def heard(self, message: bytes) -> LeaderChanged:
+        """Raises `SignatureInvalid`, `PassportRefused`."""
         ...
 
 
@@ -82,12 +95,39 @@ class GrantIssuer(Protocol):
         ...
 
 
+class Routes(Protocol):
+    """A gateway's side of grants: what a coordinator signed is the route, whatever the bus made of it."""
+
+    def check(self, request: RouteRequest, hop: Hop, grant: bytes) -> None:
+        """Raises `GrantRefused` unless a coordinator of this network grants just that to this gateway."""
+        ...
+
+
 class CharterSource(Protocol):
     """The council's repository."""
 
-    def check(self, reference_unix_s: float) -> tuple[Charter, tuple[Halt, ...]]:
-        """Blocking: fetch and verify all of it, as of that time. The halts are those that hold.
+    def check(self, reference_unix_s: float) -> tuple[Charter, tuple[bytes, ...]]:
+        """Blocking: fetch and verify all of it, as of that time. The halts are those that hold, as they came: envelopes
+        `fallow/halt`, so that who keeps them can check them again.
 
         Raises `CharterInvalid` or `CharterUnavailable`.
         """
         ...
+
+
+class NodeTrust(NamedTuple):
+    """What a device's agent asks."""
+
+    admission: Admission
+    grants: GrantBook
+    orders: Orders
+    lease: Lease
+
+
+class CoordinatorTrust(NamedTuple):
+    """What a coordinator asks."""
+
+    passports: Passports
+    issuer: GrantIssuer
+    orders: Orders
+    lease: Lease

@@ -25,12 +25,15 @@ class Kind(StrEnum):
     """What a signed document is."""
 
     GRANT = "fallow/grant"
+    LEADER = "fallow/leader"
     ORDER = "fallow/order"
     HALT = "fallow/halt"
     REVOCATIONS = "fallow/revocations"
     REQUEST = "fallow/request"
     CONSENT = "fallow/consent"
     RELAY = "fallow/relay"
+    MEMBER = "fallow/member"
+    """Who would like to sit on the council."""
 
 
 class Envelope(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):

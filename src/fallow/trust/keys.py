@@ -10,7 +10,9 @@ Rules
 import base64
 import binascii
 import os
+import re
 import stat
+from functools import lru_cache
 from pathlib import Path
 
 import msgspec
@@ -24,6 +26,9 @@ from fallow.domain.ids import NodeId
 
 SEED_BYTES = 32
 SIGNATURE_BYTES = 64
+KEYS_KEPT_MAX = 16
+"""Private keys that are ready to sign: a process has few."""
+_NONCE = re.compile(rb"[A-Za-z0-9_-]{8,64}")
 
 
 class Identity(msgspec.Struct, frozen=True):
@@ -36,8 +41,24 @@ class Identity(msgspec.Struct, frozen=True):
         return f"Identity({self.node[:8]}…)"
 
     def sign(self, message: bytes) -> bytes:
-        """An Ed25519 signature of 64 bytes."""
-        return Ed25519PrivateKey.from_private_bytes(self.seed).sign(message)
+        """An Ed25519 signature of 64 bytes. For bytes of our own making only: see `sign_nonce`."""
+        return _private(self.seed).sign(message)
+
+    def sign_nonce(self, nonce: bytes) -> bytes:
+        """Prove to a bus's server that the key is ours, by what it drew.
+
+        A server that was taken over draws what it likes, so nothing is signed that could be read as anything else: no
+        envelope is made of these characters alone. Raises `SignatureInvalid` for another text.
+        """
+        if not _NONCE.fullmatch(nonce):
+            raise SignatureInvalid(f"the bus's server asks for a signature under {nonce[:20]!r}, which is no nonce")
+        return self.sign(nonce)
+
+
+@lru_cache(maxsize=KEYS_KEPT_MAX)
+def _private(seed: bytes) -> Ed25519PrivateKey:
+    """To make the key anew would take as long as to sign with it."""
+    return Ed25519PrivateKey.from_private_bytes(seed)
 
 
 def identity_of(seed: bytes) -> Identity:

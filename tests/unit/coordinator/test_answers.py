@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fallow.coordinator.answers import encode_catalogue, encode_status
+from fallow.coordinator.answers import KEPT_S, KeptAnswer, encode_catalogue, encode_status
 from fallow.domain.cells import CellDigest, NeighbourCell
 from fallow.domain.fleet import Catalogue, FleetStatus, GatewayReport
 from fallow.domain.ids import Digest, NodeId
@@ -74,3 +74,15 @@ def test_a_catalogue_fits_and_keeps_the_first_models(count: int) -> None:
     cut = msgspec.json.decode(encoded, type=Catalogue)
     assert cut.models == models[: len(cut.models)] and cut.models
     assert len(cut.models) + cut.models_left_out == count
+
+
+def test_an_answer_is_given_again_for_a_moment() -> None:
+    made: list[bytes] = []
+
+    def make() -> bytes:
+        made.append(b"answer %d" % len(made))
+        return made[-1]
+
+    kept = KeptAnswer()
+    assert [kept.give(at_s, make) for at_s in (0.0, 0.1, KEPT_S - 0.01)] == [b"answer 0"] * 3
+    assert kept.give(KEPT_S, make) == b"answer 1"

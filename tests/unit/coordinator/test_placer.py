@@ -7,6 +7,7 @@ import msgspec
 from fallow.coordinator.leadership import SoleAuthority
 from fallow.coordinator.placer import Placer, PlacerTimes
 from fallow.coordinator.registry import Fleet
+from fallow.coordinator.roll import Roll
 from fallow.domain.fleet import DropStage, StageStatus, Subjects
 from fallow.domain.ids import Digest
 from fallow.domain.model import Span
@@ -15,6 +16,7 @@ from fallow.policy.membership import MembershipRules
 from fallow.policy.placement_board import PlacementRules
 from fallow.policy.placement_plan import Move
 from fallow.simulator.virtual_time import LoopClock, run_virtual
+from fallow.trust.open_doors import OpenLease, OpenOrders, OpenPassports
 from tests.unit.coordinator.test_registry import MODELS, NODES, beat, entry, ready, store
 
 RULES = MembershipRules()
@@ -28,7 +30,8 @@ class World:
         self.fleet.announce(store(entry(MODELS[0])), 0.0)
         self.placer = Placer(
             MemoryHub().connect("coordinator"), self.clock, Subjects("test"), lambda: self.fleet, PlacementRules(),
-            RULES, TIMES, SoleAuthority(),
+            RULES, TIMES, SoleAuthority(), OpenOrders(), OpenLease(),
+            Roll("test", OpenPassports(), OpenLease(), self.clock),
         )  # fmt: skip
 
 

@@ -10,6 +10,7 @@ from fallow.domain.ids import NodeId
 from fallow.fabric import peers as peers_module
 from fallow.fabric.memory import MemoryFabric, MemoryLink
 from fallow.fabric.peers import MAX_LINKS_PER_PEER, Peers
+from fallow.trust.open_doors import OpenAdmission
 from tests.unit.fabric.support import LoopClock, node_id, rows, run_virtual
 
 A, B, C = node_id(0xA), node_id(0xB), node_id(0xC)
@@ -24,7 +25,13 @@ class Party:
         self.frames: list[tuple[NodeId, int]] = []
         self.lost: list[tuple[NodeId, str, float]] = []
         self.peers = Peers(
-            self.endpoint, LoopClock(), role="node", on_frame=self.on_frame, on_lost=self.on_lost, capabilities=("f16",)
+            self.endpoint,
+            LoopClock(),
+            role="node",
+            admission=OpenAdmission(),
+            on_frame=self.on_frame,
+            on_lost=self.on_lost,
+            capabilities=("f16",),
         )
 
     def on_frame(self, peer: NodeId, frame: Frame) -> None:

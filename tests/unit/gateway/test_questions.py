@@ -41,8 +41,8 @@ async def echo(_: str, message: bytes) -> bytes:
 
 def test_an_answer_passes() -> None:
     async def script(questions: Questions, coordinator: MemoryBus) -> None:
-        await coordinator.subscribe(SUBJECTS.route, echo)
-        assert await questions.ask(SUBJECTS.route, b"x") == b"x"
+        await coordinator.subscribe(SUBJECTS.route(), echo)
+        assert await questions.ask(SUBJECTS.route("gateway"), b"x") == b"x"
         assert now_s() < 0.01
 
     run(script)
@@ -50,11 +50,11 @@ def test_an_answer_passes() -> None:
 
 def test_an_open_question_goes_to_the_one_that_begins_to_lead() -> None:
     async def script(questions: Questions, coordinator: MemoryBus) -> None:
-        gone = await coordinator.subscribe(SUBJECTS.route, silent)
-        asking = asyncio.ensure_future(questions.ask(SUBJECTS.route, b"x"))
+        gone = await coordinator.subscribe(SUBJECTS.route(), silent)
+        asking = asyncio.ensure_future(questions.ask(SUBJECTS.route("gateway"), b"x"))
         await asyncio.sleep(0.3)
         await gone.cancel()
-        await coordinator.subscribe(SUBJECTS.route, echo)
+        await coordinator.subscribe(SUBJECTS.route(), echo)
         await asyncio.sleep(0.1)
         assert not asking.done()
         await coordinator.publish(SUBJECTS.leader, LEADS)
@@ -66,9 +66,9 @@ def test_an_open_question_goes_to_the_one_that_begins_to_lead() -> None:
 
 def test_who_finds_nobody_waits_for_somebody() -> None:
     async def script(questions: Questions, coordinator: MemoryBus) -> None:
-        asking = asyncio.ensure_future(questions.ask(SUBJECTS.route, b"x"))
+        asking = asyncio.ensure_future(questions.ask(SUBJECTS.route("gateway"), b"x"))
         await asyncio.sleep(LEADERLESS_MAX_S - 1.0)
-        await coordinator.subscribe(SUBJECTS.route, echo)
+        await coordinator.subscribe(SUBJECTS.route(), echo)
         assert await asking == b"x"
         assert now_s() <= LEADERLESS_MAX_S - 1.0 + ASK_AGAIN_S + 0.01
 
@@ -78,12 +78,12 @@ def test_who_finds_nobody_waits_for_somebody() -> None:
 def test_where_nobody_ever_answers_it_ends() -> None:
     async def script(questions: Questions, coordinator: MemoryBus) -> None:
         with pytest.raises(BusUnavailable):
-            await questions.ask(SUBJECTS.route, b"x")
+            await questions.ask(SUBJECTS.route("gateway"), b"x")
         assert LEADERLESS_MAX_S <= now_s() <= LEADERLESS_MAX_S + 2 * ASK_AGAIN_S
         began_s = now_s()
-        await coordinator.subscribe(SUBJECTS.route, silent)
+        await coordinator.subscribe(SUBJECTS.route(), silent)
         with pytest.raises(BusTimeout):
-            await questions.ask(SUBJECTS.route, b"x")
+            await questions.ask(SUBJECTS.route("gateway"), b"x")
         assert now_s() - began_s <= LEADERLESS_MAX_S + ANSWER_TIMEOUT_S + ASK_AGAIN_S
 
     run(script)
@@ -91,9 +91,9 @@ def test_where_nobody_ever_answers_it_ends() -> None:
 
 def test_a_question_that_is_given_up_leaves_nothing_behind() -> None:
     async def script(questions: Questions, coordinator: MemoryBus) -> None:
-        await coordinator.subscribe(SUBJECTS.route, silent)
+        await coordinator.subscribe(SUBJECTS.route(), silent)
         before = len(asyncio.all_tasks())
-        asking = asyncio.ensure_future(questions.ask(SUBJECTS.route, b"x"))
+        asking = asyncio.ensure_future(questions.ask(SUBJECTS.route("gateway"), b"x"))
         await asyncio.sleep(0.1)
         asking.cancel()
         await asyncio.gather(asking, return_exceptions=True)
@@ -112,7 +112,7 @@ def test_a_flood_of_announcements_brings_no_flood_of_questions(announced: bytes)
         await asyncio.sleep(1000.0)
 
     async def script(questions: Questions, coordinator: MemoryBus) -> None:
-        await coordinator.subscribe(SUBJECTS.route, never, at_once=100)
+        await coordinator.subscribe(SUBJECTS.route(), never, at_once=100)
 
         async def shout() -> None:
             while True:
@@ -121,7 +121,7 @@ def test_a_flood_of_announcements_brings_no_flood_of_questions(announced: bytes)
 
         shouting = asyncio.ensure_future(shout())
         with pytest.raises(BusTimeout):
-            await questions.ask(SUBJECTS.route, b"x")
+            await questions.ask(SUBJECTS.route("gateway"), b"x")
         shouting.cancel()
         assert now_s() <= LEADERLESS_MAX_S + ANSWER_TIMEOUT_S + ASK_AGAIN_S
         assert len(asked) <= 2 + LEADERLESS_MAX_S / ASK_AGAIN_S

@@ -9,6 +9,7 @@ from fallow.fabric.peers import Peers
 from fallow.models.store import Store
 from fallow.node.fetch import ChunkServer, Fetcher
 from fallow.simulator.virtual_time import LoopClock
+from fallow.trust.open_doors import OpenAdmission
 
 
 def node_id(index: int) -> NodeId:
@@ -23,7 +24,12 @@ class Source:
         self.store = Store(folder / f"source-{index}")
         self.asked: list[tuple[str, int]] = []
         self.peers = Peers(
-            fabric.endpoint(self.id), LoopClock(), role="store", on_frame=self._on_frame, on_lost=lambda *_: None
+            fabric.endpoint(self.id),
+            LoopClock(),
+            role="store",
+            admission=OpenAdmission(),
+            on_frame=self._on_frame,
+            on_lost=lambda *_: None,
         )
         self._server = ChunkServer(self.store, self.peers)
 
@@ -59,7 +65,12 @@ class Receiver:
         self.id = node_id(0)
         self.store = Store(folder / "receiver")
         self.peers = Peers(
-            fabric.endpoint(self.id), LoopClock(), role="node", on_frame=self._on_frame, on_lost=self._on_lost
+            fabric.endpoint(self.id),
+            LoopClock(),
+            role="node",
+            admission=OpenAdmission(),
+            on_frame=self._on_frame,
+            on_lost=self._on_lost,
         )
         self.fetcher = Fetcher(self.store, self.peers)
 

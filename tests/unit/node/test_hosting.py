@@ -211,6 +211,28 @@ def test_after_a_loss_of_the_engine_everything_is_loaded_again(tmp_path: Path) -
     run(tmp_path, script)
 
 
+def test_an_engine_that_found_damage_is_loaded_again_from_files_that_are_hashed_first(tmp_path: Path) -> None:
+    async def script(bench: Bench) -> None:
+        bench.place(A)
+        await bench.until(((A,), StageStatus.READY))
+        layer = bench.source.store.manifest(bench.entry.model).layers[0]
+        damaged = bench.receiver.store.blob_path(layer.digest)
+        assert damaged is not None
+        content = damaged.read_bytes()
+        damaged.chmod(0o644)
+        damaged.write_bytes(bytes([content[0] ^ 1]) + content[1:])
+        bench.engine.crash()
+        bench.hosting.engine_damaged("piece [0,2) answers otherwise (canary)")
+        [stage] = bench.hosting.hosted()
+        assert (stage.status, stage.error) == (StageStatus.FAILED, "piece [0,2) answers otherwise (canary)")
+        await bench.engine.start()
+        bench.hosting.reload()
+        await bench.until(((A,), StageStatus.READY))
+        assert damaged.read_bytes() == content, "it was fetched again"
+
+    run(tmp_path, script)
+
+
 def test_orders_that_make_no_sense_are_refused(tmp_path: Path) -> None:
     async def script(bench: Bench) -> None:
         for pieces in ((), (B, A), (Span(2, 2),), (Span(0, 3), Span(2, 4))):

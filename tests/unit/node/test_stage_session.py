@@ -1,5 +1,7 @@
 """Rows that wait for their turn, whose they may be, how many, and when a session goes by itself. No fleet, no time."""
 
+import math
+
 import pytest
 
 from fallow.domain.frames import Flow, OpenStage, PeerAddress, Phase, Rows
@@ -8,7 +10,9 @@ from fallow.domain.model import Span
 from fallow.gateway.chain import OPEN_TIMEOUT_S, STALL_TIMEOUT_S
 from fallow.gateway.sessions import KEPT_CHAIN_AGE_S
 from fallow.node import stage_session as bounds
+from fallow.node.allowance import Allowance
 from fallow.node.stage_session import Expiry, Held, RowBudget, Session, Waiting
+from fallow.trust.open_doors import OpenGrants
 
 GATEWAY, BEFORE, STRANGER = NodeId("a" * 64), NodeId("b" * 64), NodeId("c" * 64)
 SESSION = SessionId("0" * 32)
@@ -16,7 +20,8 @@ SESSION = SessionId("0" * 32)
 
 def session(budget: RowBudget | None = None, gateway: NodeId = GATEWAY) -> Session:
     opening = OpenStage(session=SESSION, epoch=1, model=Digest("d" * 64), span=Span(3, 6), reserve_tokens=64)
-    return Session(gateway, opening, budget or RowBudget(), now_s=0.0)
+    allowance = Allowance(OpenGrants().open(gateway, opening), math.inf)
+    return Session(gateway, opening, allowance, budget or RowBudget(), now_s=0.0)
 
 
 def waiting(sender: NodeId, epoch: int = 1, position: int = 0, count: int = 1, size_bytes: int = 4) -> Waiting:

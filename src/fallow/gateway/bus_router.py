@@ -1,0 +1,65 @@
+"""`Router` over the bus: asks the coordinator that leads, and puts each device's grant to its hop.
+
+Rules
+- Nothing is asked while this gateway may not work. A coordinator that may not says so, in the council's words.
+- A kept hop is named without its grant: the coordinator gives new ones for the whole chain.
+- A route is what a coordinator signed: a hop whose grant is not for it, and for us, is not dialled.
+"""
+
+from collections.abc import Sequence
+
+import msgspec
+
+from fallow.domain.charter import Standing
+from fallow.domain.errors import FallowError, GrantRefused, KvExhausted, NoRoute, NotWorking
+from fallow.domain.fleet import Hop, RouteReply, RouteRequest, Subjects
+from fallow.domain.ids import Digest, NodeId, SessionId
+from fallow.gateway.questions import Questions
+from fallow.trust.contract import Lease, Routes
+from fallow.trust.grants import require_working
+
+
+class BusRouter:
+    """`Router` over the bus."""
+
+    def __init__(self, questions: Questions, subjects: Subjects, origin: NodeId, lease: Lease, routes: Routes) -> None:
+        self._questions = questions
+        self._subjects = subjects
+        self._origin = origin
+        self._lease = lease
+        self._routes = routes
+
+    async def route(
+        self, model: Digest, session: SessionId, reserve_tokens: int, exclude: frozenset[NodeId], keep: Sequence[Hop],
+        rebuild_tokens: int,
+    ) -> tuple[Hop, ...]:  # fmt: skip
+        """As `Router` says; raises `NotWorking` and `GrantRefused` besides."""
+        require_working(self._lease)
+        request = RouteRequest(
+            model=model,
+            session=session,
+            reserve_tokens=reserve_tokens,
+            exclude=tuple(sorted(exclude)),
+            keep=tuple(Hop(address=hop.address, span=hop.span) for hop in keep),
+            origin=self._origin,
+            rebuild_tokens=rebuild_tokens,
+        )
+        answer = await self._questions.ask(self._subjects.route(self._origin), msgspec.json.encode(request))
+        reply = msgspec.json.decode(answer, type=RouteReply)
+        if not reply.hops:
+            raise _refusal(reply)
+        grants = reply.grants or (b"",) * len(reply.hops)
+        if len(grants) != len(reply.hops):
+            raise NoRoute(f"The coordinator gave {len(grants)} grants for {len(reply.hops)} devices.")
+        for hop, leave in zip(reply.hops, grants, strict=True):
+            self._routes.check(request, hop, leave)
+        return tuple(msgspec.structs.replace(hop, grant=leave) for hop, leave in zip(reply.hops, grants, strict=True))
+
+
+def _refusal(reply: RouteReply) -> FallowError:
+    words = reply.error or "No devices that are here can serve this model."
+    if reply.code == KvExhausted.code:
+        return KvExhausted(words)
+    if reply.code == GrantRefused.code:
+        return GrantRefused(words)
+    return NotWorking(words, reply.code) if reply.code in set(Standing) else NoRoute(words)
