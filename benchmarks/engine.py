@@ -2,25 +2,27 @@
 
     python benchmarks/engine.py [--rounds 7] [--store FOLDER]
 
-Needs the `bench` extra (`xllamacpp`). Method: both in this process, one thread each, never at the same time. A round
-runs every contender once, in an order drawn from a seed. A run prefills 128 random tokens and decodes 48 greedily,
-head and choice of token included, after a short warm-up run of the same contender. Time is this process's CPU time, so
-that whoever else uses the machine costs both alike; medians over rounds; a ratio is the median of the rounds' ratios,
-and above 1 means that Fallow is faster. llama.cpp's decode time is the difference between a run that decodes and one
-that does not. The process has the worker's environment (`client.worker_environment`).
+Needs the `bench` extra (`xllamacpp`). Method: every contender in a process of its own, as a worker is, with the
+worker's environment (`client.worker_environment`) and one thread; never two at the same time. A round runs every
+contender once, in an order drawn from a seed. A run prefills 128 random tokens and decodes 48 greedily, head and
+choice of token included, after a short warm-up run of the same contender. Time is the CPU time of the contender's
+process, so that whoever else uses the machine costs all alike; what others take of the memory's bandwidth still shows.
+Medians over rounds; a ratio is the median of the rounds' ratios, and above 1 means that Fallow is faster.
 
 Results: a table, and JSON in `benchmarks/results/engine.json`.
 """
 
 import argparse
 import json
+import multiprocessing
 import os
 import random
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import platformdirs
@@ -28,9 +30,10 @@ import platformdirs
 from fallow.domain.frames import Phase
 from fallow.domain.ids import ModelName, SessionId
 from fallow.domain.model import Quantisation, Span, StageSpec
-from fallow.engine.client import HUGE_PAGES, worker_environment
+from fallow.engine.client import worker_environment
 from fallow.engine.contract import PREFILL_CHUNK_ROWS, Step, Stepped
 from fallow.engine.core import EngineCore
+from fallow.engine.sandbox import HUGE_PAGES
 from fallow.engine.settings import EngineSettings
 from fallow.models.default import default_gguf
 from fallow.models.importer import import_model
@@ -42,13 +45,14 @@ DECODE_TOKENS = 48
 BATCHES = (2, 4, 8, 16)
 SEED = 1
 SESSION = SessionId("a" * 32)
+CONTENDERS = ("fallow q8", "fallow q4", "llama.cpp")
 
 Times = tuple[float, float]
 """CPU milliseconds a token: prefill, decode."""
 
 
 class Fallow:
-    """`EngineCore` in this process, the whole model in one piece."""
+    """`EngineCore`, the whole model in one piece."""
 
     def __init__(self, store: Store, quantisation: Quantisation) -> None:
         report = import_model(default_gguf(), store, quantisation, ModelName(f"bench-{quantisation}"))
@@ -100,7 +104,7 @@ class Fallow:
 
 
 class LlamaCpp:
-    """The `xllamacpp` wheel's server, in process."""
+    """The `xllamacpp` wheel's server, asked without HTTP."""
 
     def __init__(self) -> None:
         import xllamacpp
@@ -118,15 +122,54 @@ class LlamaCpp:
         self._server = xllamacpp.Server(parameters)
 
     def run(self, prompt: list[int], count: int) -> Times:
-        first_s = self._complete(prompt, 1)
-        all_s = self._complete(prompt, 1 + count)
-        return first_s / len(prompt) * 1e3, (all_s - first_s) / max(count, 1) * 1e3
-
-    def _complete(self, prompt: list[int], count: int) -> float:
-        asked = {"prompt": prompt, "n_predict": count, "temperature": 0, "top_k": 1, "ignore_eos": True}
+        """The answer is streamed, and each token's arrival looks at the clock: the first one ends the prefill."""
+        at_s: list[float] = []
+        asked = {"prompt": prompt, "n_predict": 1 + count, "temperature": 0, "top_k": 1, "ignore_eos": True}
         started_s = time.process_time()
-        self._server.handle_completions({**asked, "cache_prompt": False})
-        return time.process_time() - started_s
+        self._server.handle_completions(
+            {**asked, "cache_prompt": False, "stream": True}, lambda _: at_s.append(time.process_time())
+        )
+        first_s, last_s = at_s[0], at_s[count]
+        return (first_s - started_s) / len(prompt) * 1e3, (last_s - first_s) / max(count, 1) * 1e3
+
+
+class Process:
+    """A contender in a process of its own, which does what it is asked and sleeps between."""
+
+    def __init__(self, name: str, store: Path) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=_contend, args=(name, store, theirs), daemon=True)
+        self._process.start()
+        theirs.close()
+        self._pipe.recv()  # it is ready
+
+    def run(self, prompt: list[int], count: int) -> Times:
+        times: Times = self._ask("run", prompt, count)
+        return times
+
+    def batch(self, prompt: list[int], streams: int, count: int) -> float:
+        call_ms: float = self._ask("batch", prompt, streams, count)
+        return call_ms
+
+    def close(self) -> None:
+        self._pipe.close()
+        self._process.join()
+
+    def _ask(self, method: str, *arguments: Any) -> Any:
+        self._pipe.send((method, arguments))
+        return self._pipe.recv()
+
+
+def _contend(name: str, store: Path, pipe: Connection) -> None:
+    contender = LlamaCpp() if name == "llama.cpp" else Fallow(Store(store), Quantisation(name.removeprefix("fallow ")))
+    pipe.send(None)
+    while True:
+        try:
+            method, arguments = pipe.recv()
+        except EOFError:
+            return
+        pipe.send(getattr(contender, method)(*arguments))
 
 
 def _step(name: SessionId, position: int, tokens: list[int], phase: Phase) -> Step:
@@ -148,30 +191,26 @@ def main() -> None:
     options = parser.parse_args()
     if HUGE_PAGES not in os.environ.get("GLIBC_TUNABLES", ""):
         os.execve(sys.executable, [sys.executable, *sys.argv], worker_environment())  # read when a process starts
-    store = Store(options.store)
-    contenders: dict[str, Fallow | LlamaCpp] = {
-        "fallow q8": Fallow(store, Quantisation.Q8),
-        "fallow q4": Fallow(store, Quantisation.Q4),
-        "llama.cpp": LlamaCpp(),
-    }
-    times = measure({name: contender.run for name, contender in contenders.items()}, options.rounds)
-    eight_bit = contenders["fallow q8"]
-    assert isinstance(eight_bit, Fallow)
-    report(times, scaling(eight_bit))
+    contenders = {name: Process(name, options.store) for name in CONTENDERS}
+    times = measure(contenders, options.rounds)
+    calls = scaling(contenders["fallow q8"])
+    for contender in contenders.values():
+        contender.close()
+    report(times, calls)
 
 
-def measure(runs: dict[str, Callable[[list[int], int], Times]], rounds: int) -> dict[str, list[Times]]:
+def measure(contenders: dict[str, Process], rounds: int) -> dict[str, list[Times]]:
     drawn = random.Random(SEED)
-    times: dict[str, list[Times]] = {name: [] for name in runs}
+    times: dict[str, list[Times]] = {name: [] for name in contenders}
     for _ in range(rounds):
-        for name in drawn.sample(list(runs), len(runs)):
+        for name in drawn.sample(list(contenders), len(contenders)):
             prompt = [drawn.randrange(100, 40_000) for _ in range(PROMPT_TOKENS)]
-            runs[name](prompt[:8], 4)
-            times[name].append(runs[name](prompt, DECODE_TOKENS))
+            contenders[name].run(prompt[:8], 4)
+            times[name].append(contenders[name].run(prompt, DECODE_TOKENS))
     return times
 
 
-def scaling(engine: Fallow) -> dict[int, float]:
+def scaling(engine: Process) -> dict[int, float]:
     """Milliseconds of a decode call by number of streams."""
     drawn = random.Random(SEED)
     prompt = [drawn.randrange(100, 40_000) for _ in range(PROMPT_TOKENS)]

@@ -1,18 +1,19 @@
 """How long an answer pauses when a device of its chain dies or hangs.
 
-    python benchmarks/failover.py [--rounds 5]
+    python benchmarks/failover.py [--rounds 4] [--strike-at 120 ...]
 
 Method: `fallow up` with three device processes, none of which does more than 0.7 of the model's work, every piece on
 two of them. A round streams one greedy answer with a fresh API key and strikes one device of the chain, agent and
-worker together, when prompt and answer are about 200 tokens: kill -9 in one round, SIGSTOP in the next, and every place
-of the chain in turn. The pause is the longest time between two pieces of the stream; beside it stands the median time
-between pieces of the same stream. The text must equal the undisturbed one. A struck device is back before the next
-round.
+worker together, when `--strike-at` tokens of the answer are there (the prompt is about 105 more; with several numbers,
+each gets its rounds): kill -9 in one round, SIGSTOP in the next, and every place of the chain in turn. The pause is the
+longest time between two pieces of the stream; beside it stands the median time between pieces of the same stream. The
+text must equal the undisturbed one. A struck device is back before the next round.
 
 Results: a table, and JSON in `benchmarks/results/failover.json`. Goals: 1 s for a kill, 3 s for a hang.
 """
 
 import argparse
+import itertools
 import json
 import os
 import signal
@@ -34,12 +35,15 @@ from fallow.processes.local_service import LocalService, holders
 
 RESULTS = Path(__file__).parent / "results" / "failover.json"
 PROMPT = "Tell a long story about a lighthouse keeper, his dog and the sea. " * 5
-ANSWER_TOKENS = 170
 STRIKE_AT_TOKENS = 120
+REST_TOKENS = 50
+"""What is still to come when a device is struck."""
 GOALS_S = {signal.SIGKILL: 1.0, signal.SIGSTOP: 3.0}
 
 
-def stream(service: LocalService, model: str, key: str, strike: threading.Event) -> tuple[str, list[float]]:
+def stream(
+    service: LocalService, model: str, key: str, strike_at: int, strike: threading.Event
+) -> tuple[str, list[float]]:
     """The text, and the times between its pieces in seconds; sets `strike` when it is time."""
     pieces: list[str] = []
     at_s: list[float] = []
@@ -47,7 +51,7 @@ def stream(service: LocalService, model: str, key: str, strike: threading.Event)
         "model": model,
         "messages": [{"role": "user", "content": PROMPT}],
         "temperature": 0,
-        "max_tokens": ANSWER_TOKENS,
+        "max_tokens": strike_at + REST_TOKENS,
         "stream": True,
     }
     with httpx.stream(
@@ -66,7 +70,7 @@ def stream(service: LocalService, model: str, key: str, strike: threading.Event)
             if piece:
                 pieces.append(piece)
                 at_s.append(time.perf_counter())
-                if len(pieces) == STRIKE_AT_TOKENS:
+                if len(pieces) == strike_at:
                     strike.set()
     return "".join(pieces), [after - before for before, after in pairwise(at_s)]
 
@@ -84,7 +88,7 @@ def running_chain(service: LocalService) -> list[str]:
 
 
 def disturbed(
-    service: LocalService, model: str, key: str, kind: signal.Signals, place: int
+    service: LocalService, model: str, key: str, strike_at: int, kind: signal.Signals, place: int
 ) -> tuple[str, list[float], str]:
     """Stream an answer while one device of its chain is struck; what `stream` gives, and the place that was struck."""
     due = threading.Event()
@@ -104,7 +108,7 @@ def disturbed(
     striker = threading.Thread(target=strike)
     striker.start()
     try:
-        text, gaps_s = stream(service, model, key, due)
+        text, gaps_s = stream(service, model, key, strike_at, due)
     finally:
         due.set()
         striker.join()
@@ -117,13 +121,15 @@ def disturbed(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=4, help="strikes of each kind")
-    rounds = parser.parse_args().rounds
-    pairs = [new_key() for _ in range(2 * rounds + 1)]
+    parser.add_argument("--strike-at", type=int, nargs="+", default=[STRIKE_AT_TOKENS], help="tokens of the answer")
+    options = parser.parse_args()
+    strikes = 2 * options.rounds
+    pairs = [new_key() for _ in range((strikes + 1) * len(options.strike_at))]
     settings = "\n".join(
         f'[[gateway.keys]]\nid = "bench-{index}"\nsha256 = "{digest}"' for index, (_, digest) in enumerate(pairs)
     )
     keys = [secret for secret, _ in pairs]
-    table = Table("struck with", "place", "longest pause", "median between pieces", "goal", "same text")
+    table = Table("at", "struck with", "place", "longest pause", "median between pieces", "goal", "same text")
     rows = []
     with tempfile.TemporaryDirectory(prefix="fallow-bench-") as folder:
         root = Path(folder)
@@ -131,19 +137,19 @@ def main() -> None:
         arguments = ["--nodes", "3", "--max-share", "0.7", "--memory", "1GiB"]
         with LocalService(root / "service", arguments, store=root / "store", settings=settings) as service:
             calm = ""
-            for number in range(2 * rounds + 1):
+            for at, number in itertools.product(options.strike_at, range(strikes + 1)):
                 service.wait_for(lambda fleet: len(fleet.nodes) == 3 and holders(fleet) >= 2, 90, "two copies of all")
                 if number == 0:
-                    calm, _ = stream(service, manifest.name, keys.pop(), threading.Event())
+                    calm, _ = stream(service, manifest.name, keys.pop(), at, threading.Event())
                     continue
                 kind = (signal.SIGKILL, signal.SIGSTOP)[number % 2]
-                text, gaps_s, where = disturbed(service, manifest.name, keys.pop(), kind, number // 2)
+                text, gaps_s, where = disturbed(service, manifest.name, keys.pop(), at, kind, number // 2)
                 pause_s, median_s = max(gaps_s), statistics.median(gaps_s)
-                row = {"signal": kind.name, "place": where, "pause_s": pause_s, "median_s": median_s}
+                row = {"at": at, "signal": kind.name, "place": where, "pause_s": pause_s, "median_s": median_s}
                 rows.append({**row, "same": text == calm})
                 goal = f"{GOALS_S[kind]:.0f} s"
                 same = "yes" if text == calm else "NO"
-                table.add_row(kind.name, where, f"{pause_s:.2f} s", f"{median_s * 1000:.0f} ms", goal, same)
+                table.add_row(str(at), kind.name, where, f"{pause_s:.2f} s", f"{median_s * 1000:.0f} ms", goal, same)
     Console().print(table)
     for kind in GOALS_S:
         pauses = [float(row["pause_s"]) for row in rows if row["signal"] == kind.name]

@@ -1,6 +1,8 @@
 """`WorkerEngine`: the `StageEngine` of an agent, computed by a worker process at the other end of a socket pair.
 
 Rules
+- The worker is confined (`sandbox.py`): no network, nothing of this process's environment or descriptors, no files but
+  libraries and the folders of models that were named here. What it says besides its answers goes into our log.
 - A request is a frame and a future; no task per step. What one call of the worker brings arrives in one read.
 - The worker's death, hang or nonsense is one event: every waiting call gets `EngineLost`, `lost` is set, the process is
   killed, and `start` begins anew. Nothing else of it reaches the agent.
@@ -16,17 +18,12 @@ import asyncio
 import contextlib
 import logging
 import os
-import socket
 import subprocess
-import sys
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import cast
-
-import msgspec
-import psutil
 
 from fallow.domain.errors import (
     EngineError,
@@ -42,16 +39,16 @@ from fallow.domain.errors import (
 from fallow.domain.ids import Digest, SessionId
 from fallow.domain.model import Manifest, Span, StageSpec
 from fallow.engine import protocol
-from fallow.engine.contract import EngineLoad, Loaded, Step, Stepped
-from fallow.engine.settings import EngineSettings
+from fallow.engine.contract import EngineLoad, Loaded, Loss, Step, Stepped
+from fallow.engine.sandbox import HUGE_PAGES
+from fallow.engine.settings import Confinement, EngineSettings
+from fallow.engine.spawn import Spawned, spawn
+from fallow.engine.watch import CHECK_INTERVAL_S, Rate, Watch
 
 OUTSTANDING_BYTES_MAX = 64 << 20
-CHECK_INTERVAL_S = 0.5
+REASON_MAX_CHARS = 400
 START_TIMEOUT_S = 60.0
 CLOSE_TIMEOUT_S = 5.0
-SOCKET_BUFFER_BYTES = 4 << 20
-RATE_WINDOW_S = 5.0
-HUGE_PAGES = "glibc.malloc.hugetlb=1"
 
 _ERRORS: dict[str, type[FallowError]] = {
     error.code: error
@@ -64,15 +61,22 @@ log = logging.getLogger(__name__)
 class WorkerEngine:
     """See `StageEngine`. Not started until `start`; bound to the running loop from then on."""
 
-    def __init__(self, settings: EngineSettings) -> None:
+    def __init__(self, settings: EngineSettings, models: Iterable[Path]) -> None:
+        """`models`: the folders that model files lie in; the worker can open no other file."""
         self._settings = settings
+        self._models = tuple(models)
         self._lost = asyncio.Event()
+        self._loss: Loss | None = None
         self._worker: _Worker | None = None
-        self._rate = _Rate()
+        self._rate = Rate()
 
     @property
     def lost(self) -> asyncio.Event:
         return self._lost
+
+    @property
+    def loss(self) -> Loss | None:
+        return self._loss
 
     @property
     def load_now(self) -> EngineLoad:
@@ -85,13 +89,23 @@ class WorkerEngine:
     @property
     def process_id(self) -> int | None:
         """The worker's, for limits and for tests that kill it."""
-        return None if self._worker is None else self._worker.process.pid
+        return None if self._worker is None else self._worker.process_id
+
+    @property
+    def confinement(self) -> Confinement | None:
+        """What keeps the worker from the rest of the device; `None` while there is none."""
+        return None if self._worker is None else self._worker.confinement
 
     async def start(self) -> None:
         """Raises `EngineLost` when the worker does not come up."""
         await self.close()
         self._lost.clear()
-        self._worker = await _Worker.spawn(self._settings, self._lost.set)
+        self._loss = None
+        self._worker = await _Worker.spawn(self._settings, self._models, self._on_loss)
+
+    def _on_loss(self, loss: Loss) -> None:
+        self._loss = loss
+        self._lost.set()
 
     async def load(self, stage: StageSpec, manifest: Manifest, files: Mapping[Digest, Path]) -> Loaded:
         paths = {digest: str(path) for digest, path in files.items()}
@@ -120,6 +134,15 @@ class WorkerEngine:
     async def free(self, session: SessionId) -> None:
         await self._ask(lambda ticket: protocol.Free(ticket, session))
 
+    async def check(self) -> str | None:
+        """Have everything that is loaded checked now, instead of by and by: what is wrong, or `None`.
+
+        It holds up all sessions for some tenths of a second. What it finds is the caller's to act on.
+        """
+        done = await self._ask(protocol.Check)
+        assert isinstance(done, protocol.Done)
+        return done.complaint
+
     async def close(self) -> None:
         """End the worker. Calls that wait get `EngineLost`; `lost` is set only by a death that nobody asked for."""
         worker, self._worker = self._worker, None
@@ -135,7 +158,7 @@ class WorkerEngine:
 
 
 def worker_environment() -> dict[str, str]:
-    """This process's, and huge pages for the weights where glibc can: 3 % more tokens a second. KV maps opt out."""
+    """This process's, and what a worker's has for speed: for benchmarks that compute as a worker does."""
     tunables = [HUGE_PAGES, *filter(None, [os.environ.get("GLIBC_TUNABLES")])]
     return {**os.environ, "GLIBC_TUNABLES": ":".join(tunables)}
 
@@ -143,8 +166,11 @@ def worker_environment() -> dict[str, str]:
 class _Worker(asyncio.Protocol):
     """One life of the process."""
 
-    def __init__(self, process: subprocess.Popen[bytes], settings: EngineSettings, on_loss: Callable[[], None]) -> None:
-        self.process = process
+    def __init__(self, spawned: Spawned, settings: EngineSettings, on_loss: Callable[[Loss], None]) -> None:
+        self.process = spawned.process
+        self.process_id = spawned.process_id
+        self.confinement = spawned.confinement
+        self._spawned = spawned
         self.sessions = 0
         self.kv_free_bytes = 0
         self.gone = False
@@ -158,25 +184,16 @@ class _Worker(asyncio.Protocol):
         self._room: deque[asyncio.Future[None]] = deque()
         self._outstanding_bytes = 0
         self._ticket = 0
-        self._watch = _Watch(process.pid, settings)
+        self._watch = Watch(settings, spawned.process_id)
         self._timer: asyncio.TimerHandle | None = None
 
     @classmethod
-    async def spawn(cls, settings: EngineSettings, on_loss: Callable[[], None]) -> "_Worker":
-        ours, theirs = socket.socketpair()
-        for end in (ours, theirs):
-            for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
-                end.setsockopt(socket.SOL_SOCKET, option, SOCKET_BUFFER_BYTES)
-        ours.setblocking(False)
-        arguments = [str(theirs.fileno()), msgspec.json.encode(settings).decode()]
-        command = [sys.executable, "-m", "fallow.engine.worker", *arguments]
-        with theirs:
-            # From this thread: the worker dies with the thread that started it.
-            process = subprocess.Popen(  # noqa: ASYNC220 - it returns in a few milliseconds
-                command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, env=worker_environment()
-            )
-        worker = cls(process, settings, on_loss)
-        await worker._loop.create_connection(lambda: worker, sock=ours)
+    async def spawn(
+        cls, settings: EngineSettings, models: tuple[Path, ...], on_loss: Callable[[Loss], None]
+    ) -> "_Worker":
+        """Raises `EngineLost`."""
+        worker = cls(await spawn(settings, models), settings, on_loss)
+        await worker._loop.create_connection(lambda: worker, sock=worker._spawned.channel)
         try:
             await asyncio.wait_for(asyncio.shield(worker._ready), START_TIMEOUT_S)
         except (TimeoutError, EngineLost) as error:
@@ -244,6 +261,9 @@ class _Worker(asyncio.Protocol):
                     self._ready.set_result(None)
             case protocol.Beat():
                 pass
+            case protocol.Broken():
+                reason = f"the engine stopped itself: {reply.reason[:REASON_MAX_CHARS]}"
+                self._end(reason, expected=False, damaged=True)
 
     def _settle(self, ticket: int, result: protocol.Done | Stepped | FallowError) -> None:
         answer, size = self._waiting.pop(ticket)
@@ -271,7 +291,7 @@ class _Worker(asyncio.Protocol):
         else:
             self._timer = self._loop.call_later(CHECK_INTERVAL_S, self._check)
 
-    def _end(self, reason: str, *, expected: bool) -> None:
+    def _end(self, reason: str, *, expected: bool, damaged: bool = False) -> None:
         if self.gone:
             return
         self.gone = True
@@ -292,75 +312,7 @@ class _Worker(asyncio.Protocol):
             _wake(turn)
         if not expected:
             log.warning("%s (exit code %s, %d calls waiting)", reason, self.process.poll(), len(waiting))
-            self._on_loss()
-
-
-class _Watch:
-    """Tells a worker that hangs from one that computes or waits for a processor."""
-
-    def __init__(self, process_id: int, settings: EngineSettings) -> None:
-        self._settings = settings
-        self._process: psutil.Process | None = None
-        with contextlib.suppress(psutil.Error):
-            self._process = psutil.Process(process_id)
-        self._heard_s = 0.0
-        self._active_s = 0.0
-        self._processor_s = -1.0
-
-    def begin(self, now_s: float) -> None:
-        """Something was heard, or an answer is owed from now on."""
-        self._heard_s = self._active_s = now_s
-
-    def verdict(self, now_s: float) -> str | None:
-        """Why the worker must be given up, or `None`."""
-        silent_s = now_s - self._heard_s
-        if silent_s >= self._settings.silence_timeout_s:
-            return f"the engine's worker process gave no answer for {silent_s:.0f} s"
-        if silent_s < CHECK_INTERVAL_S:
-            return None
-        if self._is_active():
-            self._active_s = now_s
-        idle_s = now_s - self._active_s
-        return f"the engine's worker process hangs: idle for {idle_s:.1f} s" if self._gives_up(idle_s) else None
-
-    def _gives_up(self, idle_s: float) -> bool:
-        return idle_s >= self._settings.hang_timeout_s
-
-    def _is_active(self) -> bool:
-        if self._process is None:
-            return False
-        try:
-            with self._process.oneshot():
-                times, status = self._process.cpu_times(), self._process.status()
-        except psutil.Error:
-            return False
-        used_s = times.user + times.system
-        advanced, self._processor_s = used_s > self._processor_s, used_s
-        return advanced or status in (psutil.STATUS_RUNNING, psutil.STATUS_DISK_SLEEP)
-
-
-class _Rate:
-    """Rows per second over the last `RATE_WINDOW_S`, in two halves."""
-
-    def __init__(self) -> None:
-        self._started_s = 0.0
-        self._now = 0
-        self._before = 0
-
-    def add(self, rows: int, now_s: float) -> None:
-        self._roll(now_s)
-        self._now += rows
-
-    def per_s(self, now_s: float) -> float:
-        self._roll(now_s)
-        return (self._before + self._now) / (RATE_WINDOW_S + now_s - self._started_s)
-
-    def _roll(self, now_s: float) -> None:
-        elapsed_s = now_s - self._started_s
-        if elapsed_s >= RATE_WINDOW_S:
-            self._before = self._now if elapsed_s < 2 * RATE_WINDOW_S else 0
-            self._now = 0
-            self._started_s = now_s
+            self._on_loss(Loss(reason, damaged))
 
 
 def _wake(turn: asyncio.Future[None]) -> None:

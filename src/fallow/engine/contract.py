@@ -68,12 +68,26 @@ class EngineLoad(msgspec.Struct, frozen=True, kw_only=True):
     rows_per_s: float
 
 
+class Loss(msgspec.Struct, frozen=True):
+    """Why an engine is gone."""
+
+    reason: str
+    damaged: bool = False
+    """Its own checks found that weights or code had changed: the files that it was loaded from are to be checked too,
+    and nothing that it computed lately is beyond doubt."""
+
+
 class StageEngine(Protocol):
     """Computes stages for an agent."""
 
     @property
     def lost(self) -> asyncio.Event:
         """Set when the engine died; cleared by `start`."""
+        ...
+
+    @property
+    def loss(self) -> Loss | None:
+        """Why it was lost; `None` while it was not."""
         ...
 
     @property

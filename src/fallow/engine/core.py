@@ -23,6 +23,7 @@ from fallow.domain.frames import MAX_FRAME_BYTES, MAX_ROWS_PER_FRAME, Phase
 from fallow.domain.ids import Digest, SessionId
 from fallow.domain.model import Manifest, Span, StageSpec
 from fallow.engine.contract import PREFILL_CHUNK_ROWS, Loaded, Step, Stepped
+from fallow.engine.guard import Guard
 from fallow.engine.hosted import DecodeRow, HostedModel
 from fallow.engine.kv import KvBudget, trim_heap
 from fallow.engine.piece import HEAD_ROWS_MAX
@@ -53,6 +54,8 @@ class EngineCore:
         self._decode_calls = 0
         self._replays = replay_works()
         self._outcomes: list[Outcome] = []
+        self.guard = Guard(settings)
+        """Its checks are its owner's to run, between turns."""
 
     @property
     def session_count(self) -> int:
@@ -64,7 +67,10 @@ class EngineCore:
         """See `StageEngine.load`."""
         started_s = time.perf_counter()
         hosted = self._models.get(stage.model) or HostedModel(manifest, self.settings, replays=self._replays)
-        hosted.commit(hosted.prepare(stage, files))
+        prepared = hosted.prepare(stage, files)
+        answers = self.guard.examine(hosted, prepared, files)
+        hosted.commit(prepared)
+        self.guard.adopt(stage.model, hosted, answers)
         self._models[stage.model] = hosted
         trim_heap()
         for session in list(self._sessions.values()):
@@ -82,7 +88,10 @@ class EngineCore:
         for session in list(self._sessions.values()):
             if session.model == model:
                 self.free(session.id)
-        self._models.pop(model, None)
+        hosted = self._models.pop(model, None)
+        if hosted is not None:
+            hosted.end_replay()
+        self.guard.forget(model)
 
     # --- sessions -------------------------------------------------------------------------------
 
@@ -212,6 +221,9 @@ class EngineCore:
         """Compute one call, if there is anything to compute. What came of it is in `outcomes`."""
         turn = next_turn(self._previous, len(self._decoding), len(self._prefilling))
         self._previous = turn
+        if not any(_current(session).step.phase is Phase.DECODE for session in self._prefilling):
+            for hosted in self._models.values():
+                hosted.end_replay()
         if turn is Turn.DECODE:
             self._decoded_rows = len(self._decoding)
             self._decode()

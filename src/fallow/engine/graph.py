@@ -13,7 +13,7 @@ Rules
 
 Inputs besides `x`: `positions [B, S]` int64 (rotary), `lengths [B]` int32 (past + S - 1), `longest [1]` int32
 (max(past) + S + 1; equal to S it would select the kernel's first-prompt branch, which ignores the cache), and per layer
-`k<i>`, `v<i>` float32 `[B, kv_heads, max_len, head_dim]`. The head takes `x [R, H]` float32 and gives `logits [R, V]`
+`k<i>`, `v<i>` float32 `[B, kv_heads, L, head_dim]`. The head takes `x [R, H]` float32 and gives `logits [R, V]`
 and `normed [R, H]`, the rows that the matrix was multiplied with.
 """
 
@@ -45,7 +45,7 @@ def wire_dtype(quantisation: Quantisation) -> np.dtype[Any]:
 
 
 def piece_graph(config: ModelConfig, quantisation: Quantisation, piece: Span, max_len: int) -> "Graph":
-    """The graph of layers `piece`, for KV slots and rotary tables of `max_len` positions."""
+    """The graph of layers `piece`, with rotary tables of `max_len` positions."""
     if not 0 <= piece.first < piece.last <= config.layer_count:
         raise EngineError(f"piece {piece} is not inside the model's {config.layer_count} layers")
     builder = _Builder(config, quantisation, Part.LAYER)
@@ -148,7 +148,7 @@ class _Builder:
         for layer in range(piece.first, piece.last):
             if pending is not None and layer in cuts:
                 residual, pending = self._widen(self._round(graph.node("Add", [residual, pending]))), None
-            residual, pending = self._layer(layer, residual, pending, max_len)
+            residual, pending = self._layer(layer, residual, pending)
         assert pending is not None
         if piece.last == config.layer_count:
             graph.node("Add", [residual, pending], name=graph.output("y", TensorProto.FLOAT, hidden))
@@ -165,12 +165,12 @@ class _Builder:
         normed = self._norm(x, "final_norm", name=graph.output("normed", TensorProto.FLOAT, ("R", config.hidden_size)))
         self._linear(normed, "head", config.vocab_size, config.hidden_size, output="logits")
 
-    def _layer(self, layer: int, residual: str, pending: str | None, max_len: int) -> tuple[str, str]:
+    def _layer(self, layer: int, residual: str, pending: str | None) -> tuple[str, str]:
         """One decoder layer. Returns the residual stream and the last block's output, not yet added to it."""
         config, prefix = self.config, f"l{layer}."
         query_size = config.head_count * config.head_dim
         normed, residual = self._add_and_norm(residual, pending, prefix + "attention_norm")
-        attended = self._attention(layer, normed, max_len)
+        attended = self._attention(layer, normed)
         projected = self._product(layer, Matrix.ATTENTION_OUT, attended, config.hidden_size, query_size)
         normed, residual = self._add_and_norm(residual, projected, prefix + "mlp_norm")
         gate = self._product(layer, Matrix.GATE, normed, config.intermediate_size, config.hidden_size)
@@ -179,7 +179,7 @@ class _Builder:
         mixed = self.graph.node("Mul", [active, up])
         return residual, self._product(layer, Matrix.DOWN, mixed, config.hidden_size, config.intermediate_size)
 
-    def _attention(self, layer: int, normed: str, max_len: int) -> str:
+    def _attention(self, layer: int, normed: str) -> str:
         graph, config, prefix = self.graph, self.config, f"l{layer}."
         query, key_value = config.head_count * config.head_dim, config.kv_head_count * config.head_dim
         bias = prefix + "qkv_bias" if config.qkv_bias else None
@@ -191,7 +191,7 @@ class _Builder:
             names = [graph.fresh("q"), graph.fresh("k"), graph.fresh("v")]
             q, k, v = graph.node_many("Split", [packed, sizes], names, axis=2)
             inputs = [self._head_norm(q, prefix + "q_norm", query), self._head_norm(k, prefix + "k_norm", key_value), v]
-        shape: Shape = ("B", config.kv_head_count, max_len, config.head_dim)
+        shape: Shape = ("B", config.kv_head_count, "L", config.head_dim)
         caches = [graph.input(f"{kind}{layer}", TensorProto.FLOAT, shape) for kind in "kv"]
         grown = [graph.output(f"{kind}{layer}_out", TensorProto.FLOAT, shape) for kind in "kv"]
         graph.node_many(
@@ -203,6 +203,7 @@ class _Builder:
             kv_num_heads=config.kv_head_count,
             do_rotary=1,
             rotary_interleaved=0,
+            scale=1.0,  # `rope_tables` has done it: only products that are not scaled take the runtime's fast path
         )
         return f"attended{layer}"
 
@@ -315,13 +316,18 @@ class _Builder:
 
 
 def rope_tables(config: ModelConfig, max_len: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Cosines and sines of the rotary angles, float32 `[max_len, head_dim / 2]` each, half-split order."""
+    """Cosines and sines of the rotary angles, float32 `[max_len, head_dim / 2]` each, half-split order.
+
+    Both are scaled by `head_dim ** -0.25`: queries and keys go through them, so their products come out as attention
+    wants them, scaled by the root of the head's size.
+    """
     exponents = np.arange(0, config.head_dim, 2, dtype=np.float64) / config.head_dim
     frequencies = config.rope_theta**-exponents
     if config.rope_scaling is not None:
         frequencies = frequencies / llama3_factors(config.rope_scaling, config.head_dim, config.rope_theta)
     angles = np.arange(max_len, dtype=np.float64)[:, None] * frequencies
-    return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+    scale = config.head_dim**-0.25
+    return (np.cos(angles) * scale).astype(np.float32), (np.sin(angles) * scale).astype(np.float32)
 
 
 def _external(name: str, dtype: np.dtype[Any], shape: tuple[int, ...]) -> onnx.TensorProto:

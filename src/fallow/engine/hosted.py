@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from fallow.domain.errors import EngineError
 from fallow.domain.fleet import Speed
 from fallow.domain.model import Manifest, Quantisation, Span, StageSpec, cut_points, held_bytes
+from fallow.engine.canary import fingerprint
 from fallow.engine.graph import wire_dtype
 from fallow.engine.kv import Slots, slot_length
 from fallow.engine.piece import Head, Piece, PieceShape, Workspace
@@ -58,13 +59,13 @@ class HostedModel:
         self.max_tokens = min(self.config.context_length, settings.max_session_tokens)
         self.slots = Slots(settings.slots_max)
         self.lengths = np.zeros(settings.slots_max, np.int64)
-        self.replays = replays and can_map(self._slot_bytes(), settings.threads)
+        self.replays = replays and can_map(self.config.kv_head_count, self.config.head_dim, settings.threads)
         """Whether `replay` can be used; decode rows of one session are computed one by one otherwise."""
         self._settings = settings
         self._shape = PieceShape(
             config=self.config,
             quantisation=manifest.quantisation,
-            slots=settings.slots_max,
+            slots=settings.slots_max + 1,  # the last one is `ask`'s
             max_len=self.max_len,
             threads=settings.threads,
         )
@@ -91,9 +92,6 @@ class HostedModel:
         head_kind = Quantisation.Q8 if kind is Quantisation.Q4 else kind
         return held_bytes(layers, kind) + held_bytes(head, head_kind)
 
-    def _slot_bytes(self) -> int:
-        return 4 * self.config.kv_head_count * self.max_len * self.config.head_dim
-
     def kv_bytes_per_token(self, span: Span) -> int:
         return kv_bytes_per_token(self.config, span.layer_count)
 
@@ -109,6 +107,7 @@ class HostedModel:
 
     def commit(self, prepared: "Prepared") -> None:
         """Host what was prepared; whatever is not part of it goes."""
+        self.end_replay()
         self.pieces, self.head, self.embedding = prepared.pieces, prepared.head, prepared.embedding
         hosted = set(self.stage_pieces)
         self._layers = sum(span.layer_count for span in hosted)
@@ -244,6 +243,21 @@ class HostedModel:
         for piece in self.pieces_of(span):
             leaving = piece.replay(slot, int(self.lengths[slot]), leaving)
         return leaving if finite_rows(leaving) else None
+
+    def ask(self, piece: Piece, rows: NDArray[np.float32]) -> tuple[Array, bytes]:
+        """Rows `[N, H]` through one piece, from position 0 of a slot that no session has: what leaves, and the
+        fingerprint of it and of the cache. The piece need not be hosted yet."""
+        slot, count, space = len(self.lengths), len(rows), self._workspace
+        space.x[:count] = rows
+        space.prefill_at(0, count)
+        piece.run(slot, 1, count)
+        leaving = piece.output[:count].copy()
+        return leaving, fingerprint(leaving, piece.kept(slot, count))
+
+    def end_replay(self) -> None:
+        """No rebuild is under way any more, or other work comes between: give back what it needed. Idempotent."""
+        for piece in self.pieces:
+            piece.end_replay()
 
 
 class Prepared(msgspec.Struct, frozen=True):

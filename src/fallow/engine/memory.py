@@ -23,7 +23,7 @@ from fallow.domain.fleet import Speed
 from fallow.domain.frames import Phase
 from fallow.domain.ids import Digest, SessionId
 from fallow.domain.model import Manifest, Span, StageSpec
-from fallow.engine.contract import EngineLoad, Loaded, Step, Stepped
+from fallow.engine.contract import EngineLoad, Loaded, Loss, Step, Stepped
 
 ROW_BYTES: Final = 8
 SESSIONS_MAX: Final = 1024
@@ -83,9 +83,15 @@ class MemoryEngine:
         self._running = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self.rows_computed = 0
+        self.damaged = False
+        """What its next loss is said to be."""
         self.lost = asyncio.Event()
 
     # --- life ---
+
+    @property
+    def loss(self) -> Loss | None:
+        return Loss("the engine crashed", self.damaged) if self.lost.is_set() else None
 
     @property
     def load_now(self) -> EngineLoad:

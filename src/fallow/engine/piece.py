@@ -8,9 +8,9 @@ Rules
 It knows slots and positions, not sessions, and checks nothing: its caller has.
 """
 
+import os
 from collections import OrderedDict
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import msgspec
@@ -23,9 +23,13 @@ from fallow.domain.model import Manifest, ModelConfig, Quantisation, Span
 from fallow.engine.contract import PREFILL_CHUNK_ROWS
 from fallow.engine.graph import Graph, head_graph, piece_graph, wire_dtype
 from fallow.engine.kv import LayerCache
-from fallow.engine.replay import IMAGES, Images
+from fallow.engine.replay import IMAGES, Room
 from fallow.engine.rescore import Rescorer
 from fallow.engine.weights import Files, Weights, head_weights
+
+os.environ["ORT_GQA_DISABLE_FLASH_ATTENTION"] = "1"
+"""The runtime's blockwise attention computes rows in plain C++; without it they go through its matrix kernels, which
+take half the time (`docs/adr/0004-attention-kernel.md`). It reads this when a session is made."""
 
 BINDINGS_MAX = 128
 """Windows whose bindings a piece keeps; making one costs about 40 µs a layer."""
@@ -84,12 +88,13 @@ class Piece:
         self.is_last = span.last == config.layer_count
         self._workspace = workspace
         self._session = _session(graph, weights, shape.threads)
-        self._weights = weights
+        self.weights = weights
         self._caches = {
             layer: LayerCache(shape.slots, config.kv_head_count, shape.max_len, config.head_dim)
             for layer in range(span.first, span.last)
         }
         self._bindings: OrderedDict[tuple[int, int, int], ort.IOBinding] = OrderedDict()
+        self._room: Room | None = None
 
     @property
     def output(self) -> Array:
@@ -113,23 +118,37 @@ class Piece:
 
         Returns what leaves the piece, `[N, H]`. Raises `EngineError`.
         """
+        end = length + len(x)
+        room = self._replay_room(end)
         space, leaving = self._workspace, np.empty((len(x), x.shape[1]), self.output.dtype)
-        with ExitStack() as stack:
-            images: dict[str, Images] = {}
-            for layer, cache in self._caches.items():
-                for kind, array in zip("kv", cache.arrays(), strict=True):
-                    images[f"{kind}{layer}"] = stack.enter_context(Images(array[slot], length))
-            for start in range(0, len(x), IMAGES):
-                rows = x[start : start + IMAGES]
-                count = len(rows)
-                space.x[:count] = rows
-                space.decode_at(np.arange(length + start, length + start + count))
-                windows = {name: image.array[:count] for name, image in images.items()}
-                self._session.run_with_iobinding(self._bind(windows, count, 1))
-                leaving[start : start + count] = self.output[:count]
-            for image in images.values():
-                image.keep(length + len(x))
+        room.load(slot, length)
+        for start in range(0, len(x), IMAGES):
+            rows = x[start : start + IMAGES]
+            count = len(rows)
+            space.x[:count] = rows
+            space.decode_at(np.arange(length + start, length + start + count))
+            windows = {name: images[:count] for name, images in room.images.items()}
+            self._session.run_with_iobinding(self._bind(windows, count, 1))
+            leaving[start : start + count] = self.output[:count]
+        room.keep(slot, length, end)
         return leaving
+
+    def _replay_room(self, tokens: int) -> Room:
+        """The room of the rebuild that is under way; a larger one when it has grown out of it."""
+        if self._room is None or self._room.capacity < tokens:
+            self.end_replay()
+            self._room = Room(self._arrays(), tokens)
+        return self._room
+
+    def end_replay(self) -> None:
+        """Give back what `replay` needed. Idempotent."""
+        if self._room is not None:
+            self._room.close()
+            self._room = None
+
+    def kept(self, slot: int, tokens: int) -> Iterator[NDArray[np.float32]]:
+        """What the first tokens of a slot left in the cache, layer after layer."""
+        return (array[slot, :, :tokens] for array in self._arrays().values())
 
     def release(self, slot: int) -> None:
         """Give back the memory of a slot that holds nothing any more."""
@@ -140,13 +159,17 @@ class Piece:
         for cache in self._caches.values():
             cache.swap(one, one_length, other, other_length)
 
-    def _windows(self, first_slot: int, batch: int) -> dict[str, Array]:
-        """The cache of neighbouring slots, by input name."""
+    def _arrays(self) -> dict[str, NDArray[np.float32]]:
+        """The cache of all slots, by input name."""
         return {
-            f"{kind}{layer}": array[first_slot : first_slot + batch]
+            f"{kind}{layer}": array
             for layer, cache in self._caches.items()
             for kind, array in zip("kv", cache.arrays(), strict=True)
         }
+
+    def _windows(self, first_slot: int, batch: int) -> dict[str, Array]:
+        """The cache of neighbouring slots, by input name."""
+        return {name: array[first_slot : first_slot + batch] for name, array in self._arrays().items()}
 
     def _bind(self, windows: dict[str, Array], batch: int, rows: int) -> ort.IOBinding:
         space, count = self._workspace, batch * rows
@@ -170,7 +193,7 @@ class Head:
         weights = head_weights(files, manifest)
         self.sizes_bytes = weights.sizes_bytes
         self._session = _session(head_graph(manifest.config, manifest.quantisation), weights, threads)
-        self._weights = weights
+        self.weights = weights
         self._rows = np.zeros((HEAD_ROWS_MAX, manifest.config.hidden_size), np.float32)
         self._normed = np.zeros_like(self._rows)
         self._logits = np.zeros((HEAD_ROWS_MAX, manifest.config.vocab_size), np.float32)
@@ -209,7 +232,6 @@ def _session(graph: Graph, weights: Weights, threads: int) -> ort.InferenceSessi
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 4
-    options.enable_mem_pattern = False  # shapes vary, and a pattern is kept for each
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.add_external_initializers(names, [ort.OrtValue.ortvalue_from_numpy(weights.arrays[name]) for name in names])

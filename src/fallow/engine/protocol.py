@@ -85,7 +85,11 @@ class Free(Request, frozen=True, tag="free"):
     session: SessionId
 
 
-AnyRequest = Load | Unload | Open | Reserve | Run | Rewind | Free
+class Check(Request, frozen=True, tag="check"):
+    """Ask every canary and hash every file now."""
+
+
+AnyRequest = Load | Unload | Open | Reserve | Run | Rewind | Free | Check
 
 
 class Reply(msgspec.Struct, frozen=True, tag_field="kind", array_like=True):
@@ -105,6 +109,8 @@ class Done(Reply, frozen=True, tag="done"):
     sessions: int
     kv_free_bytes: int
     loaded: Loaded | None = None
+    complaint: str | None = None
+    """What a `Check` found."""
 
 
 class Computed(Reply, frozen=True, tag="computed"):
@@ -128,7 +134,13 @@ class Beat(Reply, frozen=True, tag="beat"):
     """Still computing."""
 
 
-AnyReply = Ready | Done | Computed | Failed | Beat
+class Broken(Reply, frozen=True, tag="broken"):
+    """What is hosted here has changed since it was loaded: nothing of this process may be believed any more."""
+
+    reason: str
+
+
+AnyReply = Ready | Done | Computed | Failed | Beat | Broken
 
 _ENCODER = msgspec.msgpack.Encoder()
 REQUESTS: msgspec.msgpack.Decoder[AnyRequest] = msgspec.msgpack.Decoder(AnyRequest)

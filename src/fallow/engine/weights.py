@@ -38,6 +38,11 @@ class Weights:
         self.sizes_bytes[ref.digest] = ref.size_bytes
         self._mappings.append(mapping)
 
+    @property
+    def mapped(self) -> list[tuple[Digest, mmap.mmap]]:
+        """The files that are mapped, whole."""
+        return list(zip(self.sizes_bytes, self._mappings, strict=True))
+
     def release_pages(self) -> None:
         """Give the files' pages back. The mappings stay, and so do the arrays."""
         for mapping in self._mappings:
@@ -55,6 +60,11 @@ class Embedding:
         self._plain = tensors.get("embedding")
         self._codes = tensors.get("embedding.q8")
         self._scales = tensors.get("embedding.scales")
+
+    @property
+    def mapped(self) -> list[tuple[Digest, mmap.mmap]]:
+        """The file that is mapped, whole."""
+        return [(digest, self._mapping) for digest in self.sizes_bytes]
 
     def rows(self, ids: NDArray[np.int32]) -> NDArray[Any]:
         """Hidden rows `[N, H]` in the wire type for ids `[N]`, which must be inside the vocabulary."""

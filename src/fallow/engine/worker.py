@@ -1,10 +1,11 @@
-"""The worker process: `python -m fallow.engine.worker FD SETTINGS`, a loop over one end of a socket pair.
+"""The worker process, a loop over one end of a socket pair. `confined.py` starts it, once it has given up its rights.
 
 Rules
 - Single-threaded. It takes all requests that wait, computes one call, sends what came of it, and begins again; so a
   request waits for at most one call.
 - It runs at low priority and ends with its agent: on end of file, and on Linux also by parent-death signal. Ctrl-C is
   for the agent, which then closes the pair.
+- Between turns it checks itself (`guard.py`). When a check fails it says so, sends nothing else, and ends.
 - It opens no file but those that a load names and speaks to nobody but its agent. An error in one request is that
   request's answer; a frame that cannot be parsed ends the process, since nothing after it could be trusted.
 """
@@ -17,6 +18,8 @@ import select
 import signal
 import socket
 import sys
+import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
@@ -32,12 +35,14 @@ SOCKET_BUFFER_BYTES = 4 << 20
 GATHER_S = 0.002
 """How long the next of some rows that belong together may take: a gateway needs about 1 ms a token."""
 GATHER_WAITS_MAX = 16
+CALM_S = 1.0
+"""Without a step for so long, nobody is in the middle of an answer."""
 PR_SET_PDEATHSIG = 1
 
 
-def main() -> None:
+def main(arguments: Sequence[str]) -> None:
     """The worker process: the inherited socket's descriptor and the settings are its arguments."""
-    descriptor, settings = int(sys.argv[1]), msgspec.json.decode(sys.argv[2], type=EngineSettings)
+    descriptor, settings = int(arguments[0]), msgspec.json.decode(arguments[1], type=EngineSettings)
     parent = os.getppid()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _die_with(parent)
@@ -53,6 +58,7 @@ class _Worker:
         self._core = EngineCore(settings)
         self._frames = protocol.Frames(protocol.REQUESTS)
         self._outbox: list[protocol.Payload] = []
+        self._computed_at_s = float("-inf")
 
     def serve(self) -> None:
         """Until the agent closes its end."""
@@ -61,15 +67,31 @@ class _Worker:
         while self._flush() and self._receive():
             if self._core.has_work:
                 self._core.turn()
+                self._computed_at_s = time.monotonic()
                 self._post_outcomes()
                 if not self._outbox:
                     self._post(protocol.Beat())
+            if not self._check():
+                return
+
+    def _check(self) -> bool:
+        """Do what is due of the engine's own checks. `False` when they say that nothing here can be believed."""
+        busy = self._core.has_work or time.monotonic() - self._computed_at_s < CALM_S
+        reason = self._core.guard.work(busy=busy)
+        if reason is None:
+            return True
+        self._outbox = []  # also not what was computed just now
+        self._post(protocol.Broken(reason))
+        self._flush()
+        return False
 
     def _receive(self) -> bool:
         """Take what has arrived; wait for something only when there is nothing to compute. `False` at the end."""
         try:
             while True:
                 waiting = self._core.has_work or bool(self._outbox)
+                if not waiting and not select.select([self._agent], [], [], self._core.guard.wait_s())[0]:
+                    return True
                 flags = socket.MSG_DONTWAIT if waiting else 0
                 received = self._agent.recv(RECEIVE_BYTES, flags)
                 if not received:
@@ -137,6 +159,10 @@ class _Worker:
                 loaded = core.load(request.stage, request.manifest, files)
                 self._post(protocol.Done(request.ticket, core.session_count, core.budget.free_bytes, loaded))
                 return
+            case protocol.Check():
+                found = core.guard.check_all()
+                self._post(protocol.Done(request.ticket, core.session_count, core.budget.free_bytes, complaint=found))
+                return
         self._post(protocol.Done(request.ticket, core.session_count, core.budget.free_bytes))
 
     def _post_outcomes(self) -> None:
@@ -162,7 +188,3 @@ def _die_with(parent: int) -> None:
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         sys.exit(0)
-
-
-if __name__ == "__main__":
-    main()

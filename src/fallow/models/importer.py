@@ -17,9 +17,10 @@ from fallow.domain.errors import ModelError
 from fallow.domain.ids import Digest, ModelName
 from fallow.domain.model import MANIFEST_FORMAT, BlobRef, Manifest, Quantisation
 from fallow.models import quantise
+from fallow.models.calibrate import measure_activations
 from fallow.models.gguf_reader import GgufSource
 from fallow.models.huggingface_reader import HuggingFaceSource
-from fallow.models.manifest import check_name, check_quantisable
+from fallow.models.manifest import check_manifest, check_name, check_quantisable
 from fallow.models.safetensors_header import build_header
 from fallow.models.source import QUERY_KEY_VALUE, SourceTensor, WeightSource
 from fallow.models.store import BlobWriter, Store
@@ -109,6 +110,8 @@ def import_source(
         licence=details.licence,
         source=details.source,
     )
+    check_manifest(manifest)
+    manifest = msgspec.structs.replace(manifest, activations=measure_activations(manifest, store))
     digest = store.put_manifest(manifest)
     tell(steps, steps, "manifest")
     return ImportReport(manifest=manifest, digest=digest, loss=writer.losses(), notes=details.notes)

@@ -5,12 +5,15 @@ What comes from outside is decoded strictly and checked against bounds before an
 does no I/O and looks at no weights.
 """
 
+import base64
 import hashlib
 import json
 import math
 import re
 
 import msgspec
+import numpy as np
+from numpy.typing import NDArray
 
 from fallow.domain.errors import ModelError
 from fallow.domain.ids import Digest, ModelName
@@ -22,8 +25,11 @@ from fallow.domain.model import (
     Manifest,
     ModelConfig,
     Quantisation,
+    RowBounds,
     StageSpec,
+    cut_points,
 )
+from fallow.policy.activations import RowKind, RowRules
 
 MAX_MANIFEST_BYTES = 32 << 20
 MAX_LAYERS = 1024
@@ -38,14 +44,21 @@ MAX_CHAT_TEMPLATE_CHARS = 1 << 20
 MAX_EOS_TOKENS = 64
 MAX_SPECIAL_TOKENS = 64
 MAX_TEXT_CHARS = 4096
+MAX_ROW_KINDS = 2
 
 _NAME_PATTERN = re.compile(r"[a-z0-9][a-z0-9._-]{0,95}")
 _DIGEST_PATTERN = re.compile(r"[0-9a-f]{64}")
 
 
 def encode_manifest(manifest: Manifest) -> bytes:
-    """Canonical JSON, by the standard library: its number format is the same in every version."""
-    return json.dumps(msgspec.to_builtins(manifest), sort_keys=True, separators=(",", ":")).encode("ascii")
+    """Canonical JSON, by the standard library: its number format is the same in every version.
+
+    A manifest without bounds of activations is encoded as it was before there were any, so that its digest stays.
+    """
+    fields = msgspec.to_builtins(manifest)
+    if not manifest.activations:
+        del fields["activations"]
+    return json.dumps(fields, sort_keys=True, separators=(",", ":")).encode("ascii")
 
 
 def manifest_digest(manifest: Manifest) -> Digest:
@@ -81,9 +94,60 @@ def check_manifest(manifest: Manifest) -> None:
         check_blob_ref(ref, what)
     _check_duplicates(manifest)
     _check_tokens(manifest)
+    row_rules(manifest)
     _check_text("licence", manifest.licence or "", MAX_TEXT_CHARS)
     _check_text("source", manifest.source, MAX_TEXT_CHARS)
     _check_text("chat_template", manifest.chat_template or "", MAX_CHAT_TEMPLATE_CHARS)
+
+
+def row_rules(manifest: Manifest) -> dict[int, RowRules]:
+    """The rules for rows at each cut point that has some, by layer. Raises `ModelError` for what cannot be bounds."""
+    rules: dict[int, RowRules] = {}
+    cuts = cut_points(manifest.config.layer_count)
+    for cut in manifest.activations:
+        if cut.layer not in cuts or cut.layer in rules or not 0 < len(cut.kinds) <= MAX_ROW_KINDS:
+            raise ModelError(f"activations at layer {cut.layer}: expected each cut point once, with 1 or 2 kinds")
+        rules[cut.layer] = RowRules([_row_kind(bounds, manifest.config.hidden_size) for bounds in cut.kinds])
+    return rules
+
+
+def row_bounds(kind: RowKind) -> RowBounds:
+    """A kind of row as a manifest keeps it."""
+    return RowBounds(
+        centre=_packed(kind.centre),
+        spread=_packed(kind.spread),
+        reach=kind.reach,
+        energy_min=kind.energy_min,
+        energy_max=kind.energy_max,
+    )
+
+
+def _row_kind(bounds: RowBounds, hidden_size: int) -> RowKind:
+    centre, spread = (_unpacked(text, hidden_size) for text in (bounds.centre, bounds.spread))
+    if not (spread > 0).all():
+        raise ModelError("activations: expected every spread above 0")
+    _check_positive("activations.reach", bounds.reach, 1e6)
+    _check_positive("activations.energy_max", bounds.energy_max, 1e6)
+    if not 0.0 <= bounds.energy_min <= bounds.energy_max:
+        raise ModelError(f"activations: expected energy_min from 0 to energy_max, got {bounds.energy_min}")
+    return RowKind(centre, spread, bounds.reach, bounds.energy_min, bounds.energy_max)
+
+
+def _packed(values: NDArray[np.float32]) -> str:
+    return base64.b64encode(values.astype("<f2").tobytes()).decode("ascii")
+
+
+def _unpacked(text: str, count: int) -> NDArray[np.float32]:
+    try:
+        raw = base64.b64decode(text, validate=True)
+    except ValueError as error:
+        raise ModelError(f"activations: not base64: {error}") from error
+    if len(raw) != 2 * count:
+        raise ModelError(f"activations: expected {2 * count} bytes for {count} channels, got {len(raw)}")
+    values = np.frombuffer(raw, "<f2").astype(np.float32)
+    if not np.isfinite(values).all():
+        raise ModelError("activations: expected finite values, got NaN or infinity")
+    return values
 
 
 def check_name(name: str) -> ModelName:

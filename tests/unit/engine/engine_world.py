@@ -29,6 +29,7 @@ class Model:
         self.layer_count = manifest.config.layer_count
         self.whole = Span(0, self.layer_count)
         self._store = store
+        self.folder = Path(store.keep.name)
 
     def stage(self, *pieces):
         return StageSpec(model=self.digest, pieces=tuple(pieces) or (self.whole,))
