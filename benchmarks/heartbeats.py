@@ -60,6 +60,7 @@ from fallow.fabric.disconnects import NatsPresence
 from fallow.fabric.nats_bus import NatsBus
 from fallow.policy.membership import MembershipRules
 from fallow.system_clock import SystemClock
+from fallow.trust.open_doors import open_coordinator
 
 RESULTS = Path(__file__).parent / "results" / "heartbeats.json"
 INTERVAL_S = 10.0
@@ -95,6 +96,7 @@ async def coordinate(url: str, system_url: str, cells: int) -> None:
             bus,
             SystemClock(),
             NatsPresence(system_url) if index == 0 else None,
+            trust=open_coordinator(),
         )
         for index in range(cells)
     ]

@@ -107,7 +107,7 @@ async def generate(store: Store, manifest: Manifest, spans: list[Span], tokens: 
     loads: list[Loaded] = []
     try:
         for span in spans:
-            engine = WorkerEngine(EngineSettings(kv_budget_bytes=kv_bytes))
+            engine = WorkerEngine(EngineSettings(kv_budget_bytes=kv_bytes), [store.root])
             engines.append(engine)
             await engine.start()
             stage = StageSpec(model=digest, pieces=(span,))

@@ -31,6 +31,7 @@ from fallow.fabric.local_link import LocalEndpoint
 from fallow.fabric.memory import MemoryFabric
 from fallow.fabric.nats_bus import NatsBus
 from fallow.fabric.peers import Peers
+from fallow.trust.open_doors import OpenAdmission
 
 PAYLOAD = bytes(1024)
 BULK = bytes(256 * 1024)
@@ -64,7 +65,14 @@ class Echo:
     """Answers 1 KB frames; swallows bulk and answers its last frame."""
 
     def __init__(self, endpoint: LinkEndpoint) -> None:
-        self.peers = Peers(endpoint, SystemClock(), role="node", on_frame=self.on_frame, on_lost=lambda *_: None)
+        self.peers = Peers(
+            endpoint,
+            SystemClock(),
+            role="node",
+            admission=OpenAdmission(),
+            on_frame=self.on_frame,
+            on_lost=lambda *_: None,
+        )
 
     def on_frame(self, peer: NodeId, came: Frame) -> None:
         assert isinstance(came.header, Rows)
@@ -128,7 +136,9 @@ async def peers_exchange(endpoint: LinkEndpoint, address: PeerAddress) -> Exchan
         for answer in waiting:
             answer.set_exception(LinkClosed(reason))
 
-    peers = Peers(endpoint, SystemClock(), role="gateway", on_frame=on_frame, on_lost=on_lost)
+    peers = Peers(
+        endpoint, SystemClock(), role="gateway", admission=OpenAdmission(), on_frame=on_frame, on_lost=on_lost
+    )
     await peers.start()
     await peers.connect(address)
     loop = asyncio.get_running_loop()

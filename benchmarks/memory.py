@@ -50,7 +50,7 @@ async def measure(store: Store, parts: int, tokens: int) -> Measured:
     stage = StageSpec(model=digest, pieces=(span,))
     config = manifest.config
     kv_bytes = tokens * 2 * 4 * config.kv_head_count * config.head_dim * span.layer_count
-    engine = WorkerEngine(EngineSettings(kv_budget_bytes=kv_bytes))
+    engine = WorkerEngine(EngineSettings(kv_budget_bytes=kv_bytes), [store.root])
     await engine.start()
     try:
         paths = {ref.digest: store.blob_path(ref.digest) for ref in layer_files(manifest, stage)}

@@ -59,6 +59,7 @@ from fallow.policy.placement_board import PlacementRules
 from fallow.processes.store_server import StoreServer
 from fallow.simulator.engine_model import batch_cost
 from fallow.simulator.virtual_time import LoopClock, run_virtual
+from fallow.trust.open_doors import OpenAdmission, OpenLease, OpenRoutes, open_coordinator, open_node
 
 RESULTS = Path(__file__).parent / "results" / "overload.json"
 CELL = "overload"
@@ -136,12 +137,23 @@ class Fleet:
         self._folder = folder
         who = node_id(0xCC)
         endpoint = self.fabric.endpoint(who)
-        self._peers = Peers(endpoint, self.clock, role="gateway", on_frame=self._on_frame, on_lost=self._on_lost)
+        self._peers = Peers(
+            endpoint,
+            self.clock,
+            role="gateway",
+            admission=OpenAdmission(),
+            on_frame=self._on_frame,
+            on_lost=self._on_lost,
+        )
         bus = self.fabric.bus(who)
         self._files = StoreServer(self.store, bus, self._peers, self.clock, self.subjects, endpoint.address)
-        self.source = FleetTokenSource(bus, self._peers, self.store, self.clock, self.subjects, who)
+        self.source = FleetTokenSource(
+            bus, self._peers, self.store, self.clock, self.subjects, who, lease=OpenLease(), routes=OpenRoutes()
+        )
         config = CoordinatorConfig(cell=CELL, placement=PlacementRules(max_share=0.7))
-        self._coordinator = Coordinator(config, self.fabric.bus("coordinator"), self.clock, self.fabric.presence())
+        self._coordinator = Coordinator(
+            config, self.fabric.bus("coordinator"), self.clock, self.fabric.presence(), trust=open_coordinator()
+        )
         self._agents = [self._agent(index) for index in range(1, DEVICES + 1)]
 
     def _agent(self, index: int) -> Agent:
@@ -152,7 +164,16 @@ class Fleet:
         config = AgentConfig(cell=CELL, name=f"device {index}", memory_bytes=256 << 20, kv_budget_bytes=KV_BYTES)
         node = node_id(index)
         store = Store(self._folder / f"device-{index}")
-        return Agent(config, node, self.fabric.bus(node), self.fabric.endpoint(node), engine, store, self.clock)
+        return Agent(
+            config,
+            node,
+            self.fabric.bus(node),
+            self.fabric.endpoint(node),
+            engine,
+            store,
+            self.clock,
+            trust=open_node(),
+        )
 
     def _on_frame(self, peer: NodeId, frame: Frame) -> None:
         if not self._files.on_frame(peer, frame):

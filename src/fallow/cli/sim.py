@@ -149,9 +149,12 @@ def _with_progress(work: "Callable[[Callable[[float], None]], RunResult]") -> "R
 
 
 def _summarise(result: "RunResult") -> None:
+    from fallow.simulator.report_words import counted
+
     totals = result.totals
     say(
-        f"{result.title}: {result.devices:,} devices in {result.cells:,} cells, {result.simulated_s / 3600:g} h "
+        f"{result.title}: {counted(result.devices, 'device')} in {counted(result.cells, 'cell')}, "
+        f"{result.simulated_s / 3600:g} h "
         f"simulated in {result.wall_s:.1f} s: {result.events:,} steps, seed {result.seed}, hash {result.event_hash}."
     )
     say(

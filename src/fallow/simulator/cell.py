@@ -17,6 +17,7 @@ from fallow.processes.store_server import StoreServer
 from fallow.simulator.disk import SimulatedDisk
 from fallow.simulator.model import BuiltModel
 from fallow.simulator.network import SimulatedNetwork
+from fallow.trust.open_doors import OpenAdmission, open_coordinator
 
 GATEWAYS: Final = 2
 COORDINATORS: Final = 2
@@ -52,7 +53,13 @@ class SimulatedStore:
         endpoint = network.endpoint(node)
         self.disk = disk
         self._peers = Peers(
-            endpoint, clock, role="store", on_frame=self._on_frame, on_lost=lambda *_: None, liveness=liveness
+            endpoint,
+            clock,
+            role="store",
+            admission=OpenAdmission(),
+            on_frame=self._on_frame,
+            on_lost=lambda *_: None,
+            liveness=liveness,
         )
         self._server = _DeclaredStore(disk, network.bus(node), self._peers, clock, subjects, endpoint.address)
         self._server.entry = model.entry
@@ -90,6 +97,7 @@ class SimulatedCoordinator:
             self._leadership,
             id=self.name,
             name=self.name,
+            trust=open_coordinator(),
         )
         await self.process.start()
 

@@ -138,6 +138,7 @@ class Checker:
             for session, nodes in sessions_of(gateway).items()
             for node in nodes
         }
+        self._paths.keep({session for _, session in known})
         unknown: dict[tuple[NodeId, SessionId], float] = {}
         for device in self._world.devices:
             view = None if device.gone_s is not None else node_view(device, 0)

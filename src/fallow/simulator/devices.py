@@ -24,6 +24,7 @@ from fallow.simulator.engine_model import SimulatedEngine
 from fallow.simulator.model import VOCABULARY
 from fallow.simulator.network import SimulatedNetwork
 from fallow.simulator.scenario import SimulatedModel
+from fallow.trust.open_doors import open_node
 
 LOG_BUDGET_BYTES: Final = 64 << 20
 """For activations of the real size; the simulated rows are smaller, and so is the simulated budget."""
@@ -133,7 +134,17 @@ class SimulatedDevice:
             region=self.figures.region,
         )
         bus, endpoint = self._network.bus(self.id), self._network.endpoint(self.id)
-        self.agent = Agent(config, self.id, bus, endpoint, self.engine, self.disk, self._clock, liveness=self._liveness)
+        self.agent = Agent(
+            config,
+            self.id,
+            bus,
+            endpoint,
+            self.engine,
+            self.disk,
+            self._clock,
+            trust=open_node(),
+            liveness=self._liveness,
+        )
         self.leaving = False
         self.gone_s = None
         self._on_change(self, "arrives")

@@ -29,6 +29,7 @@ from fallow.policy.liveness import Liveness
 from fallow.simulator.model import Undisturbed
 from fallow.simulator.network import SimulatedNetwork
 from fallow.simulator.streams import number
+from fallow.trust.open_doors import OpenAdmission, OpenLease, OpenRoutes
 
 GREEDY_TOP_K: Final = 1
 
@@ -114,6 +115,7 @@ class SimulatedGateway:
             network.endpoint(node),
             clock,
             role="gateway",
+            admission=OpenAdmission(),
             on_frame=self._on_frame,
             on_lost=self._on_lost,
             liveness=liveness,
@@ -121,7 +123,15 @@ class SimulatedGateway:
         self._door = Admission(AdmissionRules(), clock, GatewayMetrics())
         names = (SessionId(f"{number(seed, node, str(i)):016x}" * 2) for i in itertools.count())
         self.source = FleetTokenSource(
-            network.bus(node), self.peers, store, clock, subjects, node, new_session=names.__next__
+            network.bus(node),
+            self.peers,
+            store,
+            clock,
+            subjects,
+            node,
+            new_session=names.__next__,
+            lease=OpenLease(),
+            routes=OpenRoutes(),
         )
 
     async def start(self) -> None:

@@ -4,7 +4,7 @@ Each has a test that plants the bug which it is there to catch (`tests/simulatio
 Bounds are the product's own where it has one; a bound in time is what the product's timers add up to, and a little.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Final
 
 from fallow.domain.frames import Rows
@@ -129,6 +129,11 @@ class Paths:
         self.feeds: dict[SessionId, dict[NodeId, NodeId]] = {}
         """For each session, who feeds whom in its newest epoch."""
         self.fed: dict[SessionId, dict[NodeId, NodeId]] = {}
+
+    def keep(self, sessions: Collection[SessionId]) -> None:
+        """Forget all others: an answer that moved to another chain left its first session."""
+        for session in [session for session in self.epochs if session not in sessions]:
+            self.forget(session)
 
     def forget(self, session: SessionId) -> None:
         for book in (self.epochs, self.feeds, self.fed):

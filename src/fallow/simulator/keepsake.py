@@ -13,7 +13,8 @@ KEPT_MAX: Final = 200
 
 def replay_command(scenario: str, result: RunResult, hours: float | None = None) -> str:
     """What runs exactly this again."""
-    words = ["fallow", "sim", "run", scenario, "--seed", str(result.seed), "--devices", str(result.devices)]
+    words = ["fallow", "sim", "run", scenario, "--mode", str(result.mode), "--seed", str(result.seed)]
+    words += ["--devices", str(result.devices)]
     return shlex.join([*words, *([] if hours is None else ["--hours", f"{hours:g}"])])
 
 

@@ -57,6 +57,14 @@ def _share(part: Callable[[Sample], int], whole: Callable[[Sample], int]) -> Cal
     return lambda sample: 100 * part(sample) / whole(sample) if whole(sample) > 0 else None
 
 
+def _latency(
+    key: str, title: str, reading: str, median: Callable[[Sample], float | None], p99: Callable[[Sample], float | None]
+) -> Chart:
+    return Chart(
+        key, title, reading, (Curve("99th percentile", p99, ORANGE), Curve("median", median, GREEN)), "s", True
+    )
+
+
 CHARTS: Final = (
     Chart(
         "load",
@@ -75,27 +83,19 @@ CHARTS: Final = (
         "On, and not used by their owners.",
         (Curve("devices", lambda s: s.devices_available, SLATE, "area"),),
     ),
-    Chart(
+    _latency(
         "first",
         "Time to first token",
         "From the request to the first token of the answer.",
-        (
-            Curve("99th percentile", lambda s: s.first_token_p99_s, ORANGE),
-            Curve("median", lambda s: s.first_token_p50_s, GREEN),
-        ),
-        "s",
-        True,
+        lambda s: s.first_token_p50_s,
+        lambda s: s.first_token_p99_s,
     ),
-    Chart(
+    _latency(
         "inter",
         "Time between tokens",
         "From one token of an answer to the next.",
-        (
-            Curve("99th percentile", lambda s: s.inter_token_p99_s, ORANGE),
-            Curve("median", lambda s: s.inter_token_p50_s, GREEN),
-        ),
-        "s",
-        True,
+        lambda s: s.inter_token_p50_s,
+        lambda s: s.inter_token_p99_s,
     ),
     Chart(
         "success",

@@ -109,3 +109,8 @@ def day(hour_of_week: float) -> str:
 def optional_span(seconds: float | None) -> str:
     """A length of time, or that it is not known."""
     return NOTHING if seconds is None else span_of(seconds)
+
+
+def counted(count: int, noun: str) -> str:
+    """`1 cell`, `3,333 cells`."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"

@@ -69,7 +69,7 @@ def node_view(device: SimulatedDevice, bus_waiting: int) -> NodeView | None:
         kv_reserved_bytes=engine.kv_reserved_bytes(),
         log_budget_bytes=device.log_budget_bytes,
         log_bytes=0 if agent is None else _log_bytes(agent),
-        log_bytes_booked=0 if agent is None else agent.relay._log_bytes,
+        log_bytes_booked=0 if agent is None else agent.relay.log_bytes,
         rows_computed=engine.rows_computed,
         rows_when_gone=device.rows_when_gone,
         engine_sessions=_engine_sessions(engine),

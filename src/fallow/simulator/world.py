@@ -34,7 +34,7 @@ from fallow.simulator.trace import Trace
 from fallow.simulator.traffic import Client, Traffic
 
 WARM_UP_S: Final = 90.0
-SETTLE_S: Final = 60.0
+SETTLE_S: Final = 600.0
 """How long sessions may still run after the end of a run before they are counted as failed."""
 OBSERVE_S: Final = 5.0
 OPERATOR_BYTES_PER_S: Final = 125e6

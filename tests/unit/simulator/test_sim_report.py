@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from fallow.domain.errors import ConfigError
 from fallow.simulator.report import RUNS_MAX, render, replay_command, write_report
 from fallow.simulator.report_story import steepest_fall, story
-from fallow.simulator.report_words import clock, count, day, fraction, share, size, span_of
+from fallow.simulator.report_words import clock, count, counted, day, fraction, share, size, span_of
 from fallow.simulator.results import Mark, Mode, RunResult, Sample, Totals, Violation
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)> {{7*7}} \"'&"
@@ -130,6 +130,10 @@ def test_broken_invariants_come_first_with_their_replay() -> None:
     assert "t 7" in alarm
     assert "fallow sim run evening --mode detailed --devices 60 --hours 24 --seed 7" in alarm
     assert "Invariants broke" not in render([result()])
+
+
+def test_one_thing_is_not_many() -> None:
+    assert [counted(number, "cell") for number in (0, 1, 2, 3333)] == ["0 cells", "1 cell", "2 cells", "3,333 cells"]
 
 
 def test_a_replay_command_cannot_run_anything_else() -> None:
