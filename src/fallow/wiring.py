@@ -9,18 +9,25 @@ import tempfile
 from pathlib import Path
 from typing import Final
 
+from msgspec.structs import replace
+
 from fallow.config import Config
 from fallow.domain.clock import Clock
 from fallow.domain.errors import ConfigError
 from fallow.domain.fleet import Subjects
 from fallow.engine.contract import StageEngine
 from fallow.fabric.contract import Bus, LeaseKey, LinkEndpoint, PresenceWatcher
+from fallow.policy.bus_rights import LEASE_KEY, lease_bucket
+from fallow.policy.relay import RelayUse
 from fallow.system_clock import SystemClock, WakingClock
+from fallow.trust.contract import CharterSource
 from fallow.trust.keys import Identity, load_or_create
+from fallow.trust.membership import Membership
 
 LOOPBACK_LINKS: Final = "127.0.0.1:0"
 OPEN_LINKS: Final = "0.0.0.0:0"
 PORT_MAX: Final = 65535
+RELAY_USES: Final = {"auto": RelayUse.WHEN_NEEDED, "only": RelayUse.ONLY, "never": RelayUse.NEVER}
 
 
 def clock() -> Clock:
@@ -33,9 +40,9 @@ def lease_clock() -> Clock:
     return WakingClock()
 
 
-def subjects(config: Config) -> Subjects:
-    """The bus subjects of the configured cell."""
-    return Subjects(config.cell)
+def subjects(cell: str) -> Subjects:
+    """The bus subjects of a cell."""
+    return Subjects(cell)
 
 
 def identity(folder: Path) -> Identity:
@@ -51,26 +58,61 @@ def bus_url(config: Config) -> str:
 
 
 async def open_bus(config: Config, name: str) -> Bus:
-    """The control bus, as `name`. Raises `BusUnavailable`, `ConfigError`."""
+    """The control bus of the development mode, as `name`. Raises `BusUnavailable`, `ConfigError`."""
     from fallow.fabric.nats_bus import NatsBus
 
     return await NatsBus.connect(bus_url(config), name)
 
 
-async def open_lease(config: Config, bus: Bus, ttl_s: float) -> LeaseKey:
+async def join_bus(config: Config, member: Membership) -> Bus:
+    """The control bus of a member's network. Raises `BusUnavailable`, `PassportRefused`, `TrustError`."""
+    from fallow.fabric.nats_bus import NatsBus
+
+    return await NatsBus.connect(bus_urls(config, member), member.who.node, member)
+
+
+def bus_urls(config: Config, member: Membership) -> tuple[str, ...]:
+    """Where a member finds the bus: where its settings say, else where the registrar says."""
+    urls = member.places.bus_urls if config.bus.url is None else (config.bus.url,)
+    if not urls:
+        raise ConfigError("The registrar does not say where the control bus is; set bus.url.")
+    return urls
+
+
+def charter_source(member: Membership, folder: Path) -> CharterSource:
+    """The council's repository, as the registrar serves it; what was verified is kept in `folder`."""
+    from fallow.trust.charter_client import CharterClient
+    from fallow.trust.charter_fetch import HttpFetcher
+
+    urls = [f"{url}/tuf/" for url in member.places.registrar_urls]
+    fetcher = HttpFetcher(urls, member.network.authority_pem)
+    return CharterClient(member.network.tuf_root, member.digest, folder, fetcher)
+
+
+async def open_lease(bus: Bus, cell: str, ttl_s: float) -> LeaseKey:
     """The key by which a coordinator of the cell leads. Raises `LeaseUnsupported`, `BusTimeout`, `BusUnavailable`."""
     from fallow.fabric.nats_bus import NatsBus
     from fallow.fabric.nats_lease import NatsLease
 
     assert isinstance(bus, NatsBus)
-    return await NatsLease.open(bus, f"fallow_{config.cell}", "leader", ttl_s)
+    return await NatsLease.open(bus, lease_bucket(cell), LEASE_KEY, ttl_s)
 
 
 def presence_watcher(config: Config) -> PresenceWatcher | None:
-    """Who tells of broken bus connections; without it heartbeats alone do."""
+    """Who tells of broken bus connections in the development mode; without it heartbeats alone do."""
     from fallow.fabric.disconnects import NatsPresence
 
     return None if config.bus.system_url is None else NatsPresence(config.bus.system_url)
+
+
+def presence_of(config: Config, member: Membership) -> PresenceWatcher | None:
+    """The same in a network, for members who may know: coordinators."""
+    from fallow.fabric.disconnects import NatsPresence
+    from fallow.trust.membership import SystemCredentials
+
+    if member.system_passport is None:
+        return None
+    return NatsPresence(bus_urls(config, member)[0], SystemCredentials(member), member.network.account)
 
 
 def link_address(config: Config, chosen: str | None) -> str:
@@ -101,13 +143,20 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-async def open_links(config: Config, who: Identity, chosen: str | None) -> LinkEndpoint:
+async def open_links(config: Config, who: Identity, chosen: str | None, bus: Bus, cell: str) -> LinkEndpoint:
     """The presence on the data fabric. Raises `ConfigError` for an address that cannot be listened on."""
     from fallow.fabric.endpoint import open_endpoint
 
     host, port = split_address(link_address(config, chosen))
+    if config.trust.insecure_development and not is_loopback(host):
+        raise ConfigError(f"The insecure development mode takes links on loopback only, not on {host!r}.")
     return await open_endpoint(
-        who.seed, host=host, port=port, socket_dir=socket_folder() if config.links.local_sockets else None
+        who.seed,
+        host=host,
+        port=port,
+        socket_dir=socket_folder() if config.links.local_sockets else None,
+        relay=(bus, cell),
+        relay_use=RELAY_USES[config.links.relay],
     )
 
 
@@ -127,9 +176,12 @@ def socket_folder() -> Path:
     return Path(tempfile.gettempdir()) / f"fallow-{os.getuid() if hasattr(os, 'getuid') else 'user'}"
 
 
-def engine(kv_budget_bytes: int, threads: int) -> StageEngine:
-    """What computes stages."""
+def engine(config: Config, kv_budget_bytes: int, threads: int, models: Path) -> StageEngine:
+    """What computes stages, from files in the folder `models` and no others."""
     from fallow.engine.client import WorkerEngine
-    from fallow.engine.settings import EngineSettings
+    from fallow.engine.settings import Confinement, EngineSettings
 
-    return WorkerEngine(EngineSettings(kv_budget_bytes=kv_budget_bytes, threads=threads))
+    settings = EngineSettings(kv_budget_bytes=kv_budget_bytes, threads=threads)
+    if config.trust.insecure_development:
+        settings = replace(settings, confinement=Confinement.NONE, canary_interval_s=0, rehash_share=0)
+    return WorkerEngine(settings, [models])

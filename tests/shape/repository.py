@@ -29,6 +29,17 @@ def parsed(module: Path) -> ast.Module:
     return ast.parse(module.read_text(encoding="utf-8"))
 
 
+def imported_names(module: Path) -> set[str]:
+    """Top-level packages that are imported, wherever in the module."""
+    names: set[str] = set()
+    for node in ast.walk(parsed(module)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names.add(node.module.split(".")[0])
+    return names
+
+
 def name_of(path: Path) -> str:
     """A test id that does not depend on where the clone is."""
     return str(path.relative_to(ROOT))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.shape.repository import ROOT, modules, name_of, parsed
+from tests.shape.repository import ROOT, imported_names, modules, name_of, parsed
 
 LINES_MAX = 400
 
@@ -68,14 +68,3 @@ def called_names(module: Path) -> set[str]:
     """Plain names that are called, wherever in the module."""
     calls = (node.func for node in ast.walk(parsed(module)) if isinstance(node, ast.Call))
     return {called.id for called in calls if isinstance(called, ast.Name)}
-
-
-def imported_names(module: Path) -> set[str]:
-    """Top-level packages that are imported, wherever in the module."""
-    names: set[str] = set()
-    for node in ast.walk(parsed(module)):
-        if isinstance(node, ast.Import):
-            names |= {alias.name.split(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            names.add(node.module.split(".")[0])
-    return names

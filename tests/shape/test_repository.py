@@ -1,14 +1,17 @@
 """What a stranger meets first: documents that are true, pins that are complete, nothing that belongs to one machine."""
 
+import itertools
 import re
 import subprocess
 import sys
 import tomllib
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
-from tests.shape.repository import ROOT, name_of, text_files
+from tests.shape.repository import ROOT, imported_names, modules, name_of, text_files
 
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
@@ -18,7 +21,8 @@ LOCAL_PATHS = re.compile(r"(?<![\w.])/(?:home|Users|root|work|mnt|data|srv|opt)/
 URL = re.compile(r"(?:https?|nats)://(?:[^\s/@'\"`]*@)?(\[[^\]]*\]|[^\s/:'\"`)>,;\]]+)")
 PUBLIC_HOSTS = re.compile(
     r"(?:127\.0\.0\.1|0\.0\.0\.0|localhost|\[::1\]|\[|\{.*|192\.168\.1\.\d+|keepachangelog\.com|semver\.org|"
-    r"www\.apache\.org|github\.com|arxiv\.org|huggingface\.co|[\w.]*example(?:\.com|\.org)?|x|testserver|gateway|api)"
+    r"www\.apache\.org|github\.com|arxiv\.org|huggingface\.co|[\w.]*example(?:\.com|\.org)?|testserver|gateway|api|"
+    r"[a-z](?:\\n)?|\[fe80::1\]|%00|\\u2028|\[\^.*)"  # names that are none, and a pattern of names
 )
 
 
@@ -47,14 +51,17 @@ def test_every_dependency_is_pinned() -> None:
 
 def test_what_the_dependencies_need_is_pinned_too() -> None:
     """Follows the metadata of what is installed here, from our dependencies down."""
-    code = """
+    extras = ["", *PROJECT["optional-dependencies"]]
+    code = (
+        f"EXTRAS = {extras!r}"
+        + """
 import re, sys
 from importlib.metadata import PackageNotFoundError, requires
 from packaging.requirements import Requirement
 seen, queue = set(), [Requirement(r) for r in requires("fallow") or []]
 while queue:
     requirement = queue.pop()
-    if requirement.marker and not any(requirement.marker.evaluate({"extra": e}) for e in ["", "dev", "bench", "demo"]):
+    if requirement.marker and not any(requirement.marker.evaluate({"extra": e}) for e in EXTRAS):
         continue
     name = re.sub(r"[-_.]+", "-", requirement.name).lower()
     if name in seen:
@@ -70,8 +77,29 @@ while queue:
             queue.append(each)
 print("\\n".join(seen))
 """
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert set(done.stdout.split()) - pins().keys() == set()
+
+
+def test_a_pin_is_what_its_dependency_asks_for() -> None:
+    pinned = pins()
+    for each in map(Requirement, PROJECT["dependencies"]):
+        assert each.specifier.contains(pinned[normalised(each.name)], prereleases=True), str(each)
+
+
+def test_what_the_code_imports_is_declared() -> None:
+    """A library that only a dependency brings along is not ours to import."""
+    imported = {name for module in modules() for name in imported_names(module)}
+    theirs = imported - set(sys.stdlib_module_names) - {"fallow"}
+    extras = {
+        normalised(re.split(r"[\[<>=;! ]", each)[0])
+        for each in itertools.chain(*PROJECT["optional-dependencies"].values())
+    }
+    declared = {normalised(Requirement(each).name) for each in PROJECT["dependencies"]} | extras
+    homes = packages_distributions()
+    strays = {name for name in theirs if not {normalised(home) for home in homes.get(name, [])} & declared}
+    assert not strays
 
 
 def test_constraints_hold_no_address() -> None:
@@ -109,6 +137,11 @@ def test_links_lead_somewhere(document: Path) -> None:
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=name_of)
+def test_no_figure_is_still_to_be_filled_in(document: Path) -> None:
+    assert not re.findall(r"@[A-Z]+@|\b(?:TODO|FIXME|TBD|XXX)\b", document.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=name_of)
 def test_make_targets_exist(document: Path) -> None:
     code = re.findall(r"`[^`]*`|^\s*make .*$", document.read_text(encoding="utf-8"), re.MULTILINE)
     targets = {target for piece in code for target in re.findall(r"\bmake ([a-z]+)\b", piece)}
@@ -123,15 +156,13 @@ def test_commands_and_options_exist(document: Path) -> None:
     from fallow.cli.app import app
 
     text = document.read_text(encoding="utf-8")
-    shown = re.findall(r"`fallow ((?:[^`]|\n)+?)`", text) + re.findall(r"^fallow ([a-z].*)$", text, re.MULTILINE)
+    shown = re.findall(r"`fallow ((?:[^`]|\n)+?)`", text) + re.findall(r"^ *fallow ([a-z].*)$", text, re.MULTILINE)
     for line in shown:
         words = line.split("#")[0].split()
         command = get_command(app)
-        while hasattr(command, "commands"):
-            if not words or words[0] not in command.commands:
-                break
+        while hasattr(command, "commands") and words and not words[0].startswith(("--", "…")):
+            assert words[0] in command.commands, f"fallow {line}: no such command"
             command = command.commands[words.pop(0)]
-        assert words != line.split("#")[0].split() or words[0].startswith("--"), f"fallow {line}: no such command"
         known = {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
         for word in words:
             if word.startswith("--"):

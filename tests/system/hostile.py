@@ -45,6 +45,7 @@ from fallow.fabric.peers import Peers
 from fallow.processes.local_service import LocalService
 from fallow.processes.runfile import running
 from fallow.system_clock import SystemClock
+from fallow.trust.open_doors import OpenAdmission
 from tests.system.harness import Answer, ask
 
 PREFIX = struct.Struct("<II")
@@ -206,6 +207,7 @@ class Tenant:
             here,
             SystemClock(),
             role="gateway",
+            admission=OpenAdmission(),
             on_frame=self._on_frame,
             on_lost=lambda _, reason: self.lost.append(reason),
         )

@@ -220,7 +220,8 @@ def test_a_bus_without_jetstream_has_one_coordinator_that_says_so(tmp_path: Path
         )
     try:
         url = _url_of(tmp_path)
-        with service(tmp_path / "service", None, "--bus", url, "--no-default-model") as running:
+        insecure = ("--bus", url, "--no-default-model", "--insecure-development")
+        with service(tmp_path / "service", None, *insecure) as running:
             (only,) = running.wait_for(lambda status: bool(status.coordinators), 20.0, "a coordinator").coordinators
             assert only.name == "coordinator-1" and not only.lease and only.epoch == 0
             assert "no JetStream" in running.log_tail()

@@ -22,6 +22,7 @@ from fallow.models.importer import import_model
 from fallow.models.manifest import manifest_digest
 from fallow.models.store import Store
 from fallow.processes.local_service import LocalService
+from fallow.trust.publisher import publish_model
 from tests.system.harness import MODEL, Answer, ask, service
 from tests.system.hostile import Neighbour
 
@@ -176,6 +177,9 @@ def refusals(fleet: LocalService, calm: Answer) -> dict[str, str]:
         manifest = msgspec.structs.replace(lie(store, honest), name=ModelName(name))
         names[manifest_digest(manifest)] = name
         store.put_manifest(manifest)
+    for digest in (manifest_digest(honest), *names):
+        # A publisher vouches for them: what it signs is still not believed to be true.
+        publish_model(fleet.state_dir, store.manifest_bytes(digest), time.time())
     said: dict[str, str] = {}
     deadline_s = time.monotonic() + REFUSED_LIMIT_S
     with Neighbour(fleet.api_url, None, QUESTION, ANSWER_TOKENS, calm):

@@ -66,6 +66,8 @@ from tests.system.hostile import (
 
 TWO_HALVES = """
 local_nodes = 2
+[trust]
+insecure_development = true
 [placement]
 max_share = 0.7
 [node]

@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from fallow import __version__
-from fallow.cli import chat, fleet, keys, model, serve, settings, sim, status
+from fallow.cli import audit, chat, council, doctor, fleet, invite, keys, model, revoke, serve, settings, sim, status
 
 app = typer.Typer(
     name="fallow",
@@ -38,10 +38,16 @@ def _top(
 
 app.command("up")(fleet.up)
 app.command("join")(fleet.join)
+app.command("invite")(invite.invite)
+app.command("revoke")(revoke.revoke)
+app.command("leave")(revoke.leave)
 app.command("status")(status.status)
 app.command("chat")(chat.chat)
+app.command("doctor")(doctor.doctor)
 app.add_typer(model.app, name="model")
 app.add_typer(keys.app, name="key")
+app.add_typer(council.app, name="council")
+app.add_typer(audit.app, name="audit")
 app.add_typer(settings.app, name="config")
 app.add_typer(serve.app, name="serve")
 app.add_typer(sim.app, name="sim")

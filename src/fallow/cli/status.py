@@ -20,7 +20,6 @@ from fallow.domain.fleet import (
     HostedStage,
     ModelEntry,
     StageStatus,
-    Subjects,
 )
 from fallow.domain.ids import Digest, NodeId
 
@@ -58,28 +57,16 @@ def status(
           fallow status --json | jq .nodes
     """
     loaded = settings(config, {"bus.url": bus, "state_dir": state_dir}).config
-    asyncio.run(_show(_with_bus(loaded), as_json, watch))
-
-
-def _with_bus(config: Config) -> Config:
-    """The settings with the bus of the service that runs here, when none is named."""
-    from fallow.processes.runfile import running
-
-    found = running(config.state_dir)
-    if config.bus.url is not None or found is None:
-        return config
-    return msgspec.structs.replace(config, cell=found.cell, bus=msgspec.structs.replace(config.bus, url=found.bus_url))
+    asyncio.run(_show(loaded, as_json, watch))
 
 
 async def _show(config: Config, as_json: bool, watch: bool) -> None:
     from fallow import wiring
-    from fallow.domain.errors import BusTimeout, BusUnavailable, ConfigError
+    from fallow.domain.errors import BusTimeout, BusUnavailable
     from fallow.gateway.questions import Questions
+    from fallow.processes.party import open_console
 
-    if config.bus.url is None:
-        raise ConfigError("No service runs here. Start one with `fallow up`, or name its bus with --bus URL.")
-    bus = await wiring.open_bus(config, "status")
-    subjects = Subjects(config.cell)
+    bus, subjects = await open_console(config)
     questions = Questions(bus, subjects, wiring.clock())
     await questions.start()
 

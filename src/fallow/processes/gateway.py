@@ -2,10 +2,12 @@
 
 import asyncio
 import logging
+import socket
 from typing import Final
 
 from fallow import wiring
 from fallow.config import Config
+from fallow.domain.credentials import Role
 from fallow.domain.errors import UnknownModel
 from fallow.domain.frames import Frame
 from fallow.domain.ids import NodeId
@@ -19,6 +21,7 @@ from fallow.models.store import Store
 from fallow.policy.admission import AdmissionRules
 from fallow.processes.addresses import api_url, check_exposure
 from fallow.processes.lifetime import Stop
+from fallow.processes.party import Newcomer, take_part
 from fallow.processes.store_server import StoreServer
 
 CLOSE_LIMIT_S: Final = 10.0
@@ -32,11 +35,12 @@ async def run(config: Config, parent_pid: int | None = None) -> None:
     check_exposure(config)
     stop = Stop()
     stop.listen(parent_pid)
-    clock, subjects = wiring.clock(), wiring.subjects(config)
+    clock = wiring.clock()
     store = Store(config.store_dir)
-    who = wiring.identity(config.state_dir / "gateway")
-    bus = await wiring.open_bus(config, who.node)
-    endpoint = await wiring.open_links(config, who, config.gateway.links)
+    newcomer = Newcomer(role=Role.GATEWAY, name=socket.gethostname() or "gateway")
+    party = await take_part(config, config.state_dir / "gateway", newcomer, log.info)
+    bus, subjects = party.bus, party.subjects
+    endpoint = await wiring.open_links(config, party.who, config.gateway.links, bus, party.cell)
 
     def on_frame(peer: NodeId, frame: Frame) -> None:
         if not files.on_frame(peer, frame):
@@ -51,9 +55,11 @@ async def run(config: Config, parent_pid: int | None = None) -> None:
             raise UnknownModel(f"The files of {manifest.name} are no longer in the store.")
         return await asyncio.to_thread(path.read_bytes)
 
-    peers = Peers(endpoint, clock, role="gateway", on_frame=on_frame, on_lost=on_lost)
+    peers = Peers(endpoint, clock, role="gateway", admission=party.admission, on_frame=on_frame, on_lost=on_lost)
     files = StoreServer(store, bus, peers, clock, subjects, endpoint.address)
-    source = FleetTokenSource(bus, peers, store, clock, subjects, who.node, api_url(config))
+    source = FleetTokenSource(
+        bus, peers, store, clock, subjects, party.who.node, api_url(config), lease=party.lease, routes=party.routes
+    )
     keys = [ApiKey(id=key.id, sha256=key.sha256, limits=key.limits) for key in config.gateway.keys]
     rules = AdmissionRules(
         wait_max_s=config.gateway.wait_max_s,
@@ -74,4 +80,4 @@ async def run(config: Config, parent_pid: int | None = None) -> None:
         await files.close()
         await peers.close()
         await endpoint.close()
-        await bus.close()
+        await party.close()

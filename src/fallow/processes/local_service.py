@@ -25,10 +25,18 @@ import httpx
 import msgspec
 import psutil
 
+from fallow.config import Config
+from fallow.domain.credentials import Role
 from fallow.domain.errors import BusTimeout, BusUnavailable, FallowError
-from fallow.domain.fleet import FleetStatus, StageStatus, Subjects
+from fallow.domain.fleet import FleetStatus, StageStatus
 from fallow.domain.ids import NodeId
+from fallow.processes.party import of_what_runs, open_console
 from fallow.processes.runfile import Running, running
+from fallow.system_clock import SystemClock
+from fallow.trust.membership import is_member
+from fallow.trust.registrar import Registrar
+from fallow.trust.registrar_state import open_state
+from fallow.trust.registry_db import open_database
 
 START_LIMIT_S: Final = 60.0
 STOP_LIMIT_S: Final = 25.0
@@ -105,7 +113,8 @@ class LocalService:
     def join(self, name: str, *arguments: str) -> int:
         """Start a device of that name; its process id. It is in nobody's care, unlike those of `--nodes`."""
         state_dir = self.folder / "joined" / name
-        command = ["join", self.bus_url, "--name", name, "--state-dir", str(state_dir), "--verbose", *arguments]
+        command = ["join", *self._leave(name, state_dir), "--name", name, "--state-dir", str(state_dir)]
+        command += ["--yes", "--verbose", *arguments]
         self._joined[name] = self._spawn(name, command)
         return self._joined[name].pid
 
@@ -125,9 +134,19 @@ class LocalService:
     def bus_url(self) -> str:
         return self._running().bus_url
 
+    @property
+    def config(self) -> Config:
+        """The settings with which this service is asked."""
+        return of_what_runs(Config(state_dir=self.state_dir))
+
+    def invite(self, role: Role = Role.NODE, name: str | None = None) -> str:
+        """An invitation, as `fallow invite` on this machine makes it."""
+        state = open_state(self.state_dir)
+        return Registrar(state, open_database(state.paths.database), SystemClock()).invite(role=role, name=name).text
+
     def status(self) -> FleetStatus:
         """What the coordinator knows now. Raises `BusUnavailable` or `BusTimeout`."""
-        return asyncio.run(_ask(self._running()))
+        return asyncio.run(_ask(self.config))
 
     def wait_for(self, holds: Callable[[FleetStatus], bool], limit_s: float, what: str) -> FleetStatus:
         """Poll the status until something holds. Raises `ServiceFailed`."""
@@ -149,11 +168,11 @@ class LocalService:
 
     def child_pid(self, name: str) -> int:
         """The process of a child of `fallow up`: `coordinator` (the one that leads, if one answers), `coordinator-N`,
-        `gateway` or `node-N`. Raises `ServiceFailed`."""
+        `gateway`, `registrar` or `node-N`. Raises `ServiceFailed`."""
         if name == "coordinator":
             with contextlib.suppress(BusUnavailable, BusTimeout):
                 name = self.status().coordinators[0].name
-        marks = {"coordinator": ["serve", "coordinator"], "gateway": ["serve", "gateway"]}
+        marks = {name: ["serve", name] for name in ("coordinator", "gateway", "registrar")}
         if name.startswith("coordinator-"):
             marks[name] = ["serve", "coordinator", str(self.state_dir / "logs" / f"{name}.log")]
         for child in psutil.Process(self.pid).children():
@@ -186,6 +205,12 @@ class LocalService:
         return "".join(tails)
 
     # --- inside ---
+
+    def _leave(self, name: str, state_dir: Path) -> list[str]:
+        """What a device shows when it joins: an invitation, the first time."""
+        if self._running().insecure:
+            return ["--insecure-development", self.bus_url]
+        return [] if is_member(state_dir / "device") else [self.invite(name=name)]
 
     def _spawn(self, name: str, arguments: Sequence[str]) -> "subprocess.Popen[bytes]":
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -241,12 +266,10 @@ def holders(fleet: FleetStatus) -> int:
     return min(counts, default=0)
 
 
-async def _ask(service: Running) -> FleetStatus:
-    from fallow.fabric.nats_bus import NatsBus
-
-    bus = await NatsBus.connect(service.bus_url, "local-service")
+async def _ask(config: Config) -> FleetStatus:
+    bus, subjects = await open_console(config)
     try:
-        reply = await bus.request(Subjects(service.cell).status, b"", STATUS_TIMEOUT_S)
+        reply = await bus.request(subjects.status, b"", STATUS_TIMEOUT_S)
     finally:
         await bus.close()
     return msgspec.json.decode(reply, type=FleetStatus)

@@ -12,13 +12,11 @@ Measured once, before a device joins; moving later is not built. What is near is
 import asyncio
 import logging
 
-import msgspec
-
 from fallow.coordinator import checks
 from fallow.domain.cells import CellDigest, digests
 from fallow.domain.clock import Clock
 from fallow.domain.errors import BusMessageError, FabricError
-from fallow.domain.fleet import MeasureRtt, Subjects
+from fallow.domain.fleet import Subjects
 from fallow.fabric.contract import Bus
 from fallow.policy.cells import CellOffer, CellRules, choose_cell
 
@@ -62,12 +60,11 @@ async def _listen(bus: Bus, clock: Clock, duration_s: float) -> dict[str, CellDi
 
 
 async def _offer(bus: Bus, clock: Clock, digest: CellDigest) -> CellOffer | None:
-    question = msgspec.json.encode(MeasureRtt(cell=digest.cell))
     rtts_s: list[float] = []
     for _ in range(MEASUREMENTS):
         asked_s = clock.monotonic_s()
         try:
-            await bus.request(Subjects(digest.cell).ask, question, ANSWER_TIMEOUT_S)
+            await bus.request(Subjects(digest.cell).ping, b"", ANSWER_TIMEOUT_S)
         except FabricError as error:
             log.info("cell %s does not answer: %s", digest.cell, error)
             return None

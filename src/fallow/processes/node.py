@@ -4,8 +4,11 @@ import os
 import socket
 from typing import Final
 
+import msgspec
+
 from fallow import __version__, wiring
 from fallow.config import Config
+from fallow.domain.credentials import Role
 from fallow.domain.errors import ConfigError
 from fallow.models.store import Store
 from fallow.node.agent import Agent, AgentConfig
@@ -15,19 +18,23 @@ from fallow.node.timetable import parse_departures, parse_windows
 from fallow.processes.lifetime import Stop
 from fallow.processes.lock import hold
 from fallow.processes.nearest_cell import nearest_cell
+from fallow.processes.party import Agree, Newcomer, Party, join_as_console, take_part
 from fallow.processes.supervisor import Tell
+from fallow.trust.consent import Lent
 
 NAME_MAX_CHARS: Final = 128
 LEAVE_LIMIT_S: Final = 15.0
 
 
-async def run(config: Config, tell: Tell, parent_pid: int | None = None) -> None:
-    """Run until a signal. Raises `BusUnavailable`, `ConfigError`, `EngineError`."""
+async def run(config: Config, tell: Tell, agree: Agree, parent_pid: int | None = None) -> None:
+    """Run until a signal. Raises `BusUnavailable`, `ConfigError`, `EngineError`, `TrustError`."""
+    if await join_as_console(config, tell):
+        return
     with hold(config.device_dir):
-        await _run(config, tell, parent_pid)
+        await _run(config, tell, agree, parent_pid)
 
 
-async def _run(config: Config, tell: Tell, parent_pid: int | None) -> None:
+async def _run(config: Config, tell: Tell, agree: Agree, parent_pid: int | None) -> None:
     stop = Stop()
     stop.listen(parent_pid)
     declared = Declared(
@@ -35,12 +42,16 @@ async def _run(config: Config, tell: Tell, parent_pid: int | None) -> None:
         parse_departures("node.departs", config.node.departs),
     )
     memory = split_memory(config.node.memory_bytes, config.node.kv_budget_bytes)
-    who = wiring.identity(config.device_dir)
+    lent = f"{memory.memory_bytes / (1 << 30):.1f} GiB of memory and {threads(config)} processor thread(s)"
+    lends = Lent(device=name(config), memory=lent, folder=str(config.device_dir))
+    newcomer = Newcomer(role=Role.NODE, name=name(config), lends=lends, agree=agree)
+    party = await take_part(config, config.device_dir, newcomer, tell)
+    if config.node.nearest_cell:
+        party = await _moved_near(party, config, newcomer, tell)
+    cell = party.cell
     store = Store(config.device_dir / "models")
-    bus = await wiring.open_bus(config, who.node)
-    cell = await nearest_cell(bus, wiring.clock(), config.cell) if config.node.nearest_cell else config.cell
-    endpoint = await wiring.open_links(config, who, config.node.listen)
-    engine = wiring.engine(memory.kv_budget_bytes, threads(config))
+    endpoint = await wiring.open_links(config, party.who, config.node.listen, party.bus, cell)
+    engine = wiring.engine(config, memory.kv_budget_bytes, threads(config), config.device_dir / "models")
     agent = Agent(
         AgentConfig(
             cell=cell,
@@ -50,25 +61,35 @@ async def _run(config: Config, tell: Tell, parent_pid: int | None) -> None:
             version=__version__,
             region=config.node.region or "",
         ),
-        who.node,
-        bus,
+        party.who.node,
+        party.bus,
         endpoint,
         engine,
         store,
         wiring.clock(),
+        trust=party.node,
         history=StayHistory(config.device_dir / "stays.json", wiring.clock(), declared),
     )
     try:
         await agent.start()
-        lent = f"{memory.memory_bytes / (1 << 30):.1f} GiB and {threads(config)} thread(s)"
-        tell(f"{name(config)} ({who.node[:8]}) has joined cell {cell} and lends {lent}. Ctrl-C leaves.")
+        tell(f"{name(config)} ({party.who.node[:8]}) has joined cell {cell} and lends {lent}. Ctrl-C leaves.")
         await stop.polite.wait()
         tell("Leaving: running answers move to other devices first. Once more stops at once.")
         await stop.unless_at_once(agent.drain(), LEAVE_LIMIT_S)
     finally:
         await agent.close()
         await endpoint.close()
-        await bus.close()
+        await party.close()
+
+
+async def _moved_near(party: Party, config: Config, newcomer: Newcomer, tell: Tell) -> Party:
+    """The same device in the nearest cell that has room."""
+    cell = await nearest_cell(party.bus, wiring.clock(), party.cell)
+    if cell == party.cell:
+        return party
+    await party.move(cell)
+    await party.close()
+    return await take_part(msgspec.structs.replace(config, cell=cell), config.device_dir, newcomer, tell)
 
 
 def name(config: Config) -> str:

@@ -1,7 +1,7 @@
 """How other commands on this machine find a running service: `up.json` in its state folder.
 
-Only its owner may read it, because the bus's url holds a password. It goes when the service stops; one that a crash
-left behind is recognised by its dead process.
+Only its owner may read it: in the development mode, the bus's url holds a password. It goes when the service stops; one
+that a crash left behind is recognised by its dead process.
 """
 
 import os
@@ -20,6 +20,8 @@ class Running(msgspec.Struct, frozen=True, kw_only=True):
     bus_url: str
     api_url: str
     cell: str
+    insecure: bool = False
+    """It runs in the insecure development mode."""
 
 
 def running(state_dir: Path) -> Running | None:

@@ -23,14 +23,18 @@ import msgspec
 
 from fallow import wiring
 from fallow.config import Config, Loaded, as_environment
+from fallow.domain.credentials import Role
 from fallow.domain.errors import BusUnavailable, ConfigError, LeaseUnsupported, ModelError
 from fallow.fabric.broker import Broker
 from fallow.models.store import Store
 from fallow.node.limits import split_memory
 from fallow.policy.leadership import LeaseRules
 from fallow.processes import runfile
-from fallow.processes.addresses import api_url, check_exposure, lan_address
+from fallow.processes.addresses import api_url, check_exposure
+from fallow.processes.coordinator import folder_of
+from fallow.processes.founding import renew_council
 from fallow.processes.lifetime import Stop
+from fallow.processes.own_network import OwnNetwork
 from fallow.processes.supervisor import Child, Tell
 
 STOP_LIMIT_S: Final = 15.0
@@ -38,6 +42,12 @@ CHILD_STOP_LIMIT_S: Final = 6.0
 READY_LIMIT_S: Final = 30.0
 READY_POLL_S: Final = 0.1
 FAILURE_POLL_S: Final = 1.0
+RENEWED_EVERY_S: Final = 7 * 24 * 3600.0
+"""The bus's certificate, and a council of one's signatures, long before the old ones end."""
+INSECURE: Final = (
+    "INSECURE DEVELOPMENT MODE: whoever reaches this machine's loopback interface is believed everything. "
+    "Nothing is checked, nothing can be halted. Never lend a device like this."
+)
 
 
 async def run(loaded: Loaded, tell: Tell) -> None:
@@ -53,10 +63,11 @@ async def run(loaded: Loaded, tell: Tell) -> None:
     config = _with_port(config)
     stop = Stop()
     stop.listen()
+    network = _network(config, tell)
     await _ensure_model(config, stop, tell)
     if stop.polite.is_set():
         return
-    service = Service(config, loaded.file, tell)
+    service = Service(config, loaded.file, tell, network)
     try:
         await service.start()
         await service.wait_until_ready(stop)
@@ -64,6 +75,17 @@ async def run(loaded: Loaded, tell: Tell) -> None:
         tell("Stopping.")
     finally:
         await stop.unless_at_once(service.close(), STOP_LIMIT_S)
+
+
+def _network(config: Config, tell: Tell) -> OwnNetwork | None:
+    """Ours; `None` in the development mode. Raises `ConfigError` for a development mode that others could reach."""
+    if not config.trust.insecure_development:
+        return OwnNetwork(config, tell)
+    exposed = [host for host in (config.bus.host, config.gateway.host) if not wiring.is_loopback(host)]
+    if exposed:
+        raise ConfigError(f"The insecure development mode listens on loopback only, not on {exposed[0]}.")
+    tell(INSECURE)
+    return None
 
 
 def _with_port(config: Config) -> Config:
@@ -108,35 +130,67 @@ async def _ensure_model(config: Config, stop: Stop, tell: Tell) -> None:
 class Service:
     """The processes behind one `fallow up`."""
 
-    def __init__(self, config: Config, file: Path | None, tell: Tell) -> None:
+    def __init__(self, config: Config, file: Path | None, tell: Tell, network: OwnNetwork | None) -> None:
         self._config = config
+        self._network = network
         self._file = file
         self._tell = tell
         self._broker: Broker | None = None
+        self._registrar: Child | None = None
+        self._renewing: asyncio.Task[None] | None = None
         self._gateway: Child | None = None
         self._coordinators: list[Child] = []
         self._nodes: list[Child] = []
 
     async def start(self) -> None:
-        """Start everything. Raises `ConfigError` or `BusUnavailable`."""
+        """Start everything. Raises `ConfigError`, `BusUnavailable`, `RegistrarUnavailable`."""
         config = self._config
         bus_url, system_url = config.bus.url, config.bus.system_url
         if bus_url is None:
-            self._broker = Broker(config.state_dir / "bus", host=config.bus.host, port=config.bus.port)
-            await self._broker.start()
-            bus_url, system_url = self._broker.urls[0], self._broker.system_url
-            assert self._broker.server is not None
-            server = self._broker.server
-            self._tell(f"The control bus is nats-server {server.version} ({server.source}).")
+            bus_url, system_url = await self._start_bus()
         environment = as_environment(config) | {"FALLOW_BUS_URL": bus_url}
         system = {"FALLOW_BUS_SYSTEM_URL": system_url} if system_url is not None else {}
+        if self._network is not None:
+            await self._start_registrar(self._network, bus_url, environment)
         count = 1 + await self._standbys(bus_url)
         self._coordinators = [self._coordinator(index, environment | system) for index in range(1, count + 1)]
-        self._gateway = self._child("gateway", ["serve", "gateway"], environment)
+        leave = self._leave(Role.GATEWAY, config.state_dir / "gateway", "gateway")
+        self._gateway = self._child("gateway", ["serve", "gateway"], environment | leave)
         self._nodes = [self._node(index, environment) for index in range(1, config.local_nodes + 1)]
         await asyncio.gather(*(child.start() for child in (*self._coordinators, self._gateway, *self._nodes)))
-        found = runfile.Running(pid=os.getpid(), bus_url=bus_url, api_url=api_url(config), cell=config.cell)
+        cell = config.cell if self._network is None else self._network.state.network.cell
+        insecure = self._network is None
+        found = runfile.Running(pid=os.getpid(), bus_url=bus_url, api_url=api_url(config), cell=cell, insecure=insecure)
         runfile.write(config.state_dir, found)
+
+    async def _start_bus(self) -> tuple[str, str | None]:
+        """Its url, and that of its system account in the development mode."""
+        config = self._config
+        trust = None if self._network is None else self._network.bus_trust()
+        self._broker = Broker(config.state_dir / "bus", host=config.bus.host, port=config.bus.port, trust=trust)
+        await self._broker.start()
+        assert self._broker.server is not None
+        server = self._broker.server
+        self._tell(f"The control bus is nats-server {server.version} ({server.source}).")
+        if self._network is not None:
+            self._renewing = asyncio.create_task(self._keep_valid(self._broker, self._network))
+        return self._broker.urls[0], self._broker.system_url
+
+    async def _keep_valid(self, broker: Broker, network: OwnNetwork) -> None:
+        while True:
+            await asyncio.sleep(RENEWED_EVERY_S)
+            broker.renew(await asyncio.to_thread(network.bus_trust))
+            await asyncio.to_thread(renew_council, self._config)
+
+    async def _start_registrar(self, network: OwnNetwork, bus_url: str, environment: dict[str, str]) -> None:
+        network.announce(bus_url)
+        self._registrar = self._child("registrar", ["serve", "registrar"], environment)
+        await self._registrar.start()
+        await network.wait_until_up()
+        await network.admit_console()
+
+    def _leave(self, role: Role, folder: Path, name: str) -> dict[str, str]:
+        return {} if self._network is None else self._network.leave_for(role, folder, name)
 
     async def wait_until_ready(self, stop: Stop) -> None:
         """Wait until the API answers, then say what runs where."""
@@ -160,7 +214,8 @@ class Service:
             if self._broker is not None and self._broker.failure is not None:
                 raise BusUnavailable(f"The control bus cannot be kept running: {self._broker.failure}")
             gateways = [self._gateway] if self._gateway is not None else []
-            for children in (gateways, self._coordinators):
+            registrars = [self._registrar] if self._registrar is not None else []
+            for children in (gateways, registrars, self._coordinators):
                 if children and all(child.given_up for child in children):
                     child = children[0]
                     raise BusUnavailable(f"The {child.name} cannot be kept running. {child.last_words()}")
@@ -172,6 +227,9 @@ class Service:
         await _stop(self._gateway)
         await asyncio.gather(*(_stop(node) for node in self._nodes))
         await asyncio.gather(*(_stop(coordinator) for coordinator in self._coordinators))
+        await _stop(self._registrar)
+        if self._renewing is not None:
+            self._renewing.cancel()
         if self._broker is not None:
             await self._broker.close()
         runfile.remove(self._config.state_dir)
@@ -191,12 +249,12 @@ class Service:
     async def _standbys(self, bus_url: str) -> int:
         """How many can take over from one that leads."""
         standbys = self._config.coordinator.standbys
-        if not standbys or self._broker is not None:
+        if not standbys or self._broker is not None or self._network is not None:
             return standbys
         config = msgspec.structs.replace(self._config, bus=msgspec.structs.replace(self._config.bus, url=bus_url))
         bus = await wiring.open_bus(config, "up")
         try:
-            await wiring.open_lease(config, bus, LeaseRules().ttl_s)
+            await wiring.open_lease(bus, config.cell, LeaseRules().ttl_s)
         except LeaseUnsupported:
             self._tell("Your NATS server has no JetStream, so one coordinator runs, and none stands by.")
             return 0
@@ -207,7 +265,8 @@ class Service:
     def _coordinator(self, index: int, environment: dict[str, str]) -> Child:
         name = f"coordinator-{index}"
         named = {"FALLOW_COORDINATOR_NAME": name}
-        return self._child(name, ["serve", "coordinator"], environment | named)
+        leave = self._leave(Role.COORDINATOR, folder_of(self._config, name), name)
+        return self._child(name, ["serve", "coordinator"], environment | named | leave)
 
     def _node(self, index: int, environment: dict[str, str]) -> Child:
         config = self._config
@@ -219,7 +278,9 @@ class Service:
             "FALLOW_NODE_MEMORY_BYTES": str(config.node.memory_bytes or memory),
         }
         state_dir = config.state_dir / "nodes" / name
-        return self._child(name, ["join"], environment | settings, state_dir)
+        leave = self._leave(Role.NODE, state_dir / "device", name)
+        # Who starts devices on a machine of their own has agreed to lend it.
+        return self._child(name, ["join", "--yes"], environment | settings | leave, state_dir)
 
     def _log_file(self, name: str) -> Path:
         return self._config.state_dir / "logs" / f"{name}.log"
@@ -231,18 +292,15 @@ class Service:
         tell(f"The API is at {url}/v1, for the openai SDK, curl, or `fallow chat`.")
         if nodes:
             tell(f"{nodes} device{'s' if nodes > 1 else ''} on this machine {'work' if nodes > 1 else 'works'} for it.")
-        tell(f"To lend a device, run there:  fallow join '{self._join_url()}'")
-        if wiring.is_loopback(self._config.bus.host) and self._config.bus.url is None:
-            tell("That works on this machine only; start with --host 0.0.0.0 to accept devices of your network.")
+        if self._network is None:
+            url = self._broker.urls[0] if self._broker is not None else self._config.bus.url or ""
+            tell(f"To add a device:  fallow join --insecure-development '{url}'")
+            tell(INSECURE)
+        else:
+            tell("To lend a device, make an invitation with `fallow invite`, and run there what it prints.")
+            if wiring.is_loopback(self._config.bus.host):
+                tell("That works on this machine only; start with --host 0.0.0.0 to accept devices of your network.")
         tell("`fallow status` shows what every device does. Ctrl-C stops everything.")
-
-    def _join_url(self) -> str:
-        if self._broker is None:
-            return self._config.bus.url or ""
-        url = self._broker.urls[0]
-        if wiring.is_loopback(self._config.bus.host):
-            return url
-        return url.replace("@127.0.0.1:", f"@{lan_address()}:")
 
 
 async def _stop(child: Child | None) -> None:
