@@ -39,7 +39,7 @@ def test_a_halt_holds_only_by_a_member_of_this_network_at_this_epoch_or_little_a
 def test_a_higher_epoch_never_makes_a_halt_hold_again(
     halt: Halt, signer: NodeId, council: set[NodeId], epoch: int, more: int
 ) -> None:
-    """Once it was out of date; one from too far ahead is refused now, and may be signed again when its epoch is near."""
+    """Out of date once is out of date for good; from too far ahead is refused now, and may be signed anew later."""
     if halt.epoch < epoch:
         assert not halt_holds(halt, signer, council, "home", epoch + more)
 
