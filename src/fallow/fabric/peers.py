@@ -70,7 +70,8 @@ class Peers:
         )
         self._links: dict[NodeId, list[PeerLink]] = {}
         """Links whose handshake is done, in the order to use them."""
-        self._greeting: set[PeerLink] = set()
+        self._greeting: dict[PeerLink, None] = {}
+        """Links whose handshake is not done. A dict, because its order is the same in every run."""
         self._dials: dict[NodeId, asyncio.Task[PeerLink]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._inbound_count = 0
@@ -220,7 +221,7 @@ class Peers:
 
     def _adopt(self, opened: object) -> PeerLink:
         link = PeerLink(cast(PushLink, opened), self._clock, self._liveness, self._admission)
-        self._greeting.add(link)
+        self._greeting[link] = None
         hello = msgspec.structs.replace(self._hello, passport=self._admission.passport)
         link.open(hello, self._on_frame, self._greeted, self._ended)
         return link
@@ -228,7 +229,7 @@ class Peers:
     # --- events of links ---
 
     def _greeted(self, link: PeerLink) -> None:
-        self._greeting.discard(link)
+        self._greeting.pop(link, None)
         for older in list(self._links.get(link.peer, ())):
             # The peer's process is a new one: what it knew is gone, so its loss is reported before its return.
             if older.instance != link.instance:
@@ -236,7 +237,7 @@ class Peers:
         self._links.setdefault(link.peer, []).append(link)
 
     def _ended(self, link: PeerLink, reason: str) -> None:
-        self._greeting.discard(link)
+        self._greeting.pop(link, None)
         links = self._links.get(link.peer)
         if links is None or link not in links:
             return
