@@ -32,6 +32,7 @@ FILE_MAX_BYTES: Final = 1 << 20
 LIST_SEPARATOR: Final = ";"
 """Between the entries of a list that is given as text, in an environment variable or a flag."""
 KEYS_MAX: Final = 1_000
+SIZE_MAX_BYTES: Final = 1 << 60
 SECRET_SETTINGS: Final = frozenset({"bus.url", "bus.system_url", "gateway.keys", "trust.invitation"})
 """Never shown in full: urls may hold passwords, and whoever has an invitation can use it."""
 
@@ -271,7 +272,10 @@ def parse_size(text: str) -> int:
     unit = (match[2] or "B").upper()
     exponent = "BKMGT".index(unit[0])
     base = 1024 if "I" in unit or unit in "KMGT" else 1000
-    return int(float(match[1]) * base**exponent)
+    size = float(match[1]) * base**exponent
+    if size >= SIZE_MAX_BYTES:
+        raise ValueError(f"expected a size below {SIZE_MAX_BYTES} bytes, got {text!r}")
+    return int(size)
 
 
 def _walk(struct: type[msgspec.Struct], prefix: str) -> Iterator[tuple[str, Any]]:

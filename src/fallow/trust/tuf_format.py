@@ -107,9 +107,9 @@ def holders(role: Role, keys: Mapping[str, Key], name: str) -> dict[str, NodeId]
     """Key id to public key of a role. Raises `CharterInvalid` when one key would count twice, or one is missing."""
     found: dict[str, NodeId] = {}
     for keyid in role.keyids:
-        key = keys.get(keyid)
+        key = keys.get(keyid) if isinstance(keyid, str) else None  # python-tuf takes anything for an id
         if key is None:
-            raise CharterInvalid(f"the role {name} names a key {keyid[:16]!r} that is not there")
+            raise CharterInvalid(f"the role {name} names a key {str(keyid)[:16]!r} that is not there")
         node = node_of(key)
         if node in found.values():
             raise CharterInvalid(f"the role {name} counts the key {node[:16]} twice, under two ids")
