@@ -34,6 +34,7 @@ from fallow.trust.registrar_state import (
     RegistrarState,
     open_state,
     paths_of,
+    read_places,
     write_places,
     write_server_certificate,
 )
@@ -69,7 +70,7 @@ def settle(config: Config, bus_url: str) -> Places:
 async def answering(config: Config, limit_s: float) -> None:
     """Wait until the registrar of this machine's network answers. Raises `RegistrarUnavailable` after `limit_s`."""
     state = open_state(config.state_dir)
-    url = f"https://127.0.0.1:{_port(config)}"
+    url = read_places(state.paths).registrar_urls[-1]  # how this machine reaches it comes last
     deadline_s = asyncio.get_running_loop().time() + limit_s
     async with RegistrarClient(met(state.network_json), [url]) as client:
         while True:
