@@ -8,8 +8,6 @@ process is the same one as before, no log holds a traceback, no answer was repai
 import asyncio
 import contextlib
 import random
-import shutil
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -45,6 +43,7 @@ from fallow.fabric.peers import MAX_LINKS_PER_PEER
 from fallow.gateway.keys import new_key
 from fallow.node.stage_session import UNUSED_MAX_S
 from fallow.processes.local_service import LocalService
+from fallow.wiring import socket_folder
 from tests.system.harness import Answer, ask, service
 from tests.system.hostile import (
     HELLO,
@@ -130,11 +129,9 @@ def undisturbed(fleet: LocalService, calm: Answer, before: dict[str, int]) -> It
 
 
 @pytest.fixture
-def sockets() -> Iterator[Path]:
-    """A folder for the strangers' own sockets: short, because socket paths are."""
-    folder = Path(tempfile.mkdtemp(prefix="fallow-"))
-    yield folder
-    shutil.rmtree(folder)
+def sockets() -> Path:
+    """Where the user's processes meet: a stranger with a socket elsewhere would not even dial."""
+    return socket_folder()
 
 
 def victim_of(targets: Targets, name: str) -> PeerAddress:
