@@ -38,7 +38,7 @@ CONTENDERS = {
     "trusted": '[links]\nrelay = "never"\n',
     "sealed relay": '[links]\nrelay = "only"\n',
 }
-NODES = ["--nodes", "2", "--memory", "1GiB"]
+NODES = ["--nodes", "2", "--memory", "1GiB", "--standbys", "0"]
 
 
 def main() -> None:

@@ -142,7 +142,7 @@ def test_rows_beyond_budget_repairs_or_end_are_refused(
 def test_roles_do_only_what_is_theirs() -> None:
     assert [role for role in Role if rights.may_drive(role)] == [Role.GATEWAY]
     assert not rights.may_drive(None)
-    assert {role for role in Role if rights.may_link(role)} == {Role.NODE, Role.GATEWAY, Role.COORDINATOR}
+    assert {role for role in Role if rights.may_link(role)} == {Role.NODE, Role.GATEWAY}
 
 
 def test_orders_are_of_today() -> None:
