@@ -1,6 +1,6 @@
 """What trust costs: a two-device chain with everything on, against the same with checks off.
 
-    python benchmarks/trust.py [--rounds 7] [--tokens 96]
+    python benchmarks/cost_of_trust.py [--rounds 7] [--tokens 96]
 
 Contenders, all with the default model at 8 bits, two device processes that share it, one stream through the HTTP API:
 
@@ -12,7 +12,7 @@ Contenders, all with the default model at 8 bits, two device processes that shar
 Method: as `stack.py`: all services run throughout; a round runs each contender once in an order drawn from a seed; a
 ratio is the median of the rounds' ratios. Aim: trusted at least 0.97 of open.
 
-Results: a table, and JSON in `benchmarks/results/trust.json`.
+Results: a table, and JSON in `benchmarks/results/cost_of_trust.json`.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from fallow.models.default import ensure_default_model
 from fallow.models.store import Store
 from fallow.processes.local_service import LocalService
 
-RESULTS = Path(__file__).parent / "results" / "trust.json"
+RESULTS = Path(__file__).parent / "results" / "cost_of_trust.json"
 AIM = 0.97
 CONTENDERS = {
     "open": '[trust]\ninsecure_development = true\n[links]\nrelay = "never"\n',
