@@ -32,7 +32,7 @@ FILE_MAX_BYTES: Final = 1 << 20
 LIST_SEPARATOR: Final = ";"
 """Between the entries of a list that is given as text, in an environment variable or a flag."""
 KEYS_MAX: Final = 1_000
-SIZE_MAX_BYTES: Final = 1 << 60
+SIZE_MAX_BYTES: Final = 1 << 80
 SECRET_SETTINGS: Final = frozenset({"bus.url", "bus.system_url", "gateway.keys", "trust.invitation"})
 """Never shown in full: urls may hold passwords, and whoever has an invitation can use it."""
 
