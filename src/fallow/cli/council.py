@@ -196,6 +196,6 @@ def status(
 
 
 def _write(path: Path, data: bytes) -> None:
-    from fallow.trust.halts import write_durably
+    from fallow.private_file import write_durably
 
     write_durably(path, data)

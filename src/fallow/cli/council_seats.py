@@ -159,6 +159,6 @@ def key(
 
 
 def _write(path: Path, data: bytes) -> None:
-    from fallow.trust.halts import write_durably
+    from fallow.private_file import write_durably
 
     write_durably(path, data)

@@ -33,6 +33,7 @@ import msgspec
 
 from fallow.domain.errors import BusUnavailable, ConfigError
 from fallow.fabric.broker_config import BusTrust, Passwords, TrustFiles, configuration, password_mode, trusted_mode
+from fallow.private_file import write_durably
 
 VERSION_MIN: Final = (2, 11)
 READY_TIMEOUT_S: Final = 10.0
@@ -155,10 +156,10 @@ class Broker:
         self._dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         for stale in self._dir.glob("*.ports"):
             stale.unlink(missing_ok=True)
-        _write_private(self._dir / "broker.json", msgspec.json.encode(self._state))
+        write_durably(self._dir / "broker.json", msgspec.json.encode(self._state))
         path = self._dir / "nats.conf"
         listen = f"{self._host}:{self._state.port}"
-        _write_private(path, configuration(self._dir, listen, self._identity()).encode())
+        write_durably(path, configuration(self._dir, listen, self._identity()).encode())
         return path
 
     def _identity(self) -> str:
@@ -166,8 +167,8 @@ class Broker:
         if self._trust is None:
             return password_mode(Passwords(self._state.password, self._state.system_password))
         files = TrustFiles(self._dir / "bus.pem", self._dir / "bus.key", self._dir / "accounts")
-        _write_private(files.certificate, self._trust.certificate_pem.encode())
-        _write_private(files.key, self._trust.key_pem.encode())
+        write_durably(files.certificate, self._trust.certificate_pem.encode())
+        write_durably(files.key, self._trust.key_pem.encode())
         return trusted_mode(self._trust, files)
 
     # --- the process ---
@@ -191,7 +192,7 @@ class Broker:
             process, self._process = self._process, None
             await _stop(process)
             raise
-        _write_private(self._dir / "broker.json", msgspec.json.encode(self._state))
+        write_durably(self._dir / "broker.json", msgspec.json.encode(self._state))
 
     async def _ready(self, process: asyncio.subprocess.Process) -> int:
         """The port that it listens on, read from the file that it writes once it is ready."""
@@ -238,16 +239,6 @@ class Broker:
                 await self._launch()
             except (BusUnavailable, OSError) as error:
                 log.error("nats-server did not start: %s", error)
-
-
-def _write_private(path: Path, content: bytes) -> None:
-    """Replace a file that only its owner may read, never half-written."""
-    partial = path.with_name(path.name + ".part")
-    partial.unlink(missing_ok=True)
-    descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(content)
-    partial.replace(path)
 
 
 async def _stop(process: asyncio.subprocess.Process) -> None:

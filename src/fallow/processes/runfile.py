@@ -10,6 +10,8 @@ from typing import Final
 
 import msgspec
 
+from fallow.private_file import write_durably
+
 RUN_FILE: Final = "up.json"
 
 
@@ -36,11 +38,7 @@ def running(state_dir: Path) -> Running | None:
 
 def write(state_dir: Path, found: Running) -> None:
     """Say that it runs."""
-    partial = state_dir / f"{RUN_FILE}.part"
-    partial.unlink(missing_ok=True)
-    with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-        file.write(msgspec.json.encode(found))
-    partial.replace(state_dir / RUN_FILE)
+    write_durably(state_dir / RUN_FILE, msgspec.json.encode(found))
 
 
 def remove(state_dir: Path) -> None:

@@ -12,7 +12,6 @@ Rules
 
 import datetime
 import ipaddress
-import os
 import ssl
 from pathlib import Path
 from typing import Final
@@ -31,6 +30,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from fallow.domain.errors import ConfigError
 from fallow.domain.network import BUS_NAME, REGISTRAR_NAME
+from fallow.private_file import write_durably
 
 AUTHORITY_LIFE_S: Final = 20 * 365 * 86_400.0
 SERVER_LIFE_S: Final = 90 * 86_400.0
@@ -143,13 +143,7 @@ def server_context(certificate: Path, key: Path) -> ssl.SSLContext:
 
 def write_private(path: Path, text: str) -> None:
     """Write a file that only its owner may read, in place of whatever was there."""
-    partial = path.with_name(path.name + ".part")
-    partial.unlink(missing_ok=True)
-    with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="ascii") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    write_durably(path, text.encode("ascii"))
 
 
 def _builder(

@@ -23,12 +23,12 @@ from tuf.api.metadata import Metadata, Root, Snapshot, Targets, Timestamp
 from fallow.domain.charter import FleetPolicy
 from fallow.domain.errors import CharterInvalid, CharterUnavailable, ConfigError, SignatureInvalid
 from fallow.domain.ids import NodeId
+from fallow.private_file import write_durably
 from fallow.trust import tuf_format as tuf
 from fallow.trust.charter_fetch import FolderFetcher, RepositoryFetcher
 from fallow.trust.council import Members, Wanted, founding, is_young, publication_of, sign
 from fallow.trust.council import proposal as renewal
 from fallow.trust.envelope import Kind, seal, unseal
-from fallow.trust.halts import write_durably
 from fallow.trust.keys import Identity, load, load_or_create
 from fallow.trust.proposals import PROPOSAL_MAX_BYTES, ROOTS_MAX, Base, Proposal, first_root_payload, verify_base
 from fallow.trust.publication import InForce

@@ -13,10 +13,7 @@ Rules
 import base64
 import binascii
 import logging
-import os
-import tempfile
 from collections.abc import Iterable, Mapping
-from enum import Enum
 from pathlib import Path
 
 import msgspec
@@ -25,6 +22,7 @@ from fallow.domain.charter import Halt
 from fallow.domain.errors import SignatureInvalid
 from fallow.domain.ids import NodeId
 from fallow.policy.council import MEMBERS_MAX, halt_holds
+from fallow.private_file import write_durably
 from fallow.trust.envelope import ENVELOPE_MAX_BYTES, Kind, seal, unseal
 from fallow.trust.keys import Identity
 
@@ -166,40 +164,3 @@ class HaltBook:
     def _write(self, halts: dict[NodeId, tuple[bytes, Halt]]) -> None:
         write_durably(self._path, msgspec.msgpack.encode([envelope for envelope, _ in halts.values()]))
         self._halts = halts
-
-
-class Sync(Enum):
-    """What must have reached the disk when a file was written."""
-
-    FILE = "file"
-    """Its content: a crash leaves the old or the new file, whole."""
-    NAME = "name"
-    """Its name, too: a crash leaves the new file."""
-
-
-def write_durably(path: Path, data: bytes, sync: Sync = Sync.NAME) -> None:
-    """Replace a file so that a crash leaves the old or the new one, and after this returns the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".new-")
-    temporary = Path(name)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    if sync is Sync.NAME:
-        _sync_folder(path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    if os.name != "posix":
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -18,6 +18,7 @@ import msgspec
 
 from fallow.domain.errors import ConfigError
 from fallow.domain.network import REGISTRAR_NAME, Network, Places
+from fallow.private_file import write_durably
 from fallow.trust.certificates import Certificate, load_or_create_authority, server_certificate, write_private
 from fallow.trust.jwt import account_nkey
 from fallow.trust.keys import Identity, load, load_or_create
@@ -116,7 +117,7 @@ def found(state_dir: Path, *, name: str, cell: str, tuf_root: str, now_unix_s: f
         registrar=keys["identity"].node,
         tuf_root=tuf_root,
     )
-    _write(paths.network, msgspec.json.format(msgspec.json.encode(network), indent=2))
+    write_durably(paths.network, msgspec.json.format(msgspec.json.encode(network), indent=2))
     return open_state(state_dir)
 
 
@@ -168,7 +169,7 @@ def digest_of(network_json: bytes) -> str:
 
 def write_places(paths: Paths, places: Places) -> None:
     """Say where the network can be reached now; newcomers and members are told this."""
-    _write(paths.places, msgspec.json.encode(places))
+    write_durably(paths.places, msgspec.json.encode(places))
 
 
 def read_places(paths: Paths) -> Places:
@@ -186,13 +187,3 @@ def write_server_certificate(state: RegistrarState, now_unix_s: float) -> tuple[
     write_private(certificate, made.certificate_pem)
     write_private(key, made.key_pem)
     return certificate, key
-
-
-def _write(path: Path, content: bytes) -> None:
-    partial = path.with_name(f"{path.name}.{os.getpid()}.part")
-    partial.unlink(missing_ok=True)
-    with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)

@@ -28,9 +28,10 @@ from tuf.api.metadata import Metadata, MetaFile, Root, Snapshot, Targets, Timest
 from fallow.domain.charter import FleetPolicy, Halt
 from fallow.domain.errors import CharterUnavailable, NotWorking
 from fallow.domain.ids import NodeId
+from fallow.private_file import Sync, write_durably
 from fallow.trust import publication as publications
 from fallow.trust import tuf_format as tuf
-from fallow.trust.halts import HaltBook, Sync, write_durably
+from fallow.trust.halts import HaltBook
 from fallow.trust.keys import Identity, load
 from fallow.trust.publication import InForce, Publication, Verified
 
