@@ -26,18 +26,20 @@ from fallow.domain.errors import (
     SignatureInvalid,
 )
 from fallow.domain.fleet import Tier
+from fallow.domain.ids import NodeId
 from fallow.domain.network import BUS_NAME, REGISTRAR_NAME
 from fallow.gateway.server import ServerLimits, serve
 from fallow.policy.enrolment import INVITATIONS_OPEN_AFAR_MAX
 from fallow.system_clock import SystemClock
 from fallow.trust import registry_db as db
 from fallow.trust.certificates import client_context, server_certificate, server_context, write_private
+from fallow.trust.consent import sign_consent
 from fallow.trust.envelope import Envelope
 from fallow.trust.invitations import from_text
 from fallow.trust.journal import Head, Kind, verify
 from fallow.trust.journal_db import append, read_all
 from fallow.trust.keys import Identity, new_identity
-from fallow.trust.membership import enrol, load
+from fallow.trust.membership import enrol, enrolment_of, load
 from fallow.trust.passports import PassportReader
 from fallow.trust.registrar_api import RegistrarApi
 from fallow.trust.registrar_client import RegistrarClient, meet, met
@@ -257,6 +259,23 @@ def test_a_revoked_device_comes_back_by_every_door(world: World) -> None:
     other = new_identity()
     world.ask(other, world.enrolment(other, invitation))
     unharmed(world, device.node, other.node)
+
+
+def test_a_revoked_device_writes_its_name_in_capitals(world: World) -> None:
+    """
+    Attack: a revoked device signs as before, but spells its key in capitals, under which no list knows it.
+    Expected: `SignatureInvalid`: a key has one name.
+    Unharmed: nobody was admitted, and the invitation is as good as before.
+    """
+    device, invitation = world.member(), world.invitation()
+    world.registrar.revoke(device.node, "sold")
+    other = Identity(device.seed, NodeId(device.node.upper()))
+    consent = sign_consent(other, world.state.digest, Role.NODE, "I lend this device.")
+    with pytest.raises(SignatureInvalid, match="lower-case"):
+        world.ask(other, enrolment_of(invitation, "the same", consent))
+    newcomer = new_identity()
+    world.ask(newcomer, world.enrolment(newcomer, invitation))
+    unharmed(world, device.node, newcomer.node)
 
 
 def test_an_old_list_of_revocations_is_played_again(world: World) -> None:

@@ -232,10 +232,12 @@ class Coordinator:
     async def _report(self) -> None:
         while True:
             report = self._colleagues.report()
-            try:
-                await self._bus.publish(self._subjects.coordinator(report.id), msgspec.json.encode(report))
-            except FabricError as error:
-                log.debug("no report: %s", error)
+            # Who was asleep may not know yet that another leads: it says nothing until it has looked.
+            if report.epoch is None or report.epoch == self._authority.epoch():
+                try:
+                    await self._bus.publish(self._subjects.coordinator(report.id), msgspec.json.encode(report))
+                except FabricError as error:
+                    log.debug("no report: %s", error)
             await self._clock.sleep(REPORT_PERIOD_S)
 
     async def _on_coordinator(self, subject: str, message: bytes) -> None:

@@ -24,7 +24,7 @@ from fallow.domain.credentials import PASSPORT_LIFE_S
 from fallow.domain.errors import PassportRefused, SignatureInvalid
 from fallow.domain.ids import NodeId
 from fallow.policy.bus_rights import BusRights
-from fallow.trust.keys import Identity, nkey_of, node_of_nkey, user_nkey, verify
+from fallow.trust.keys import Identity, nkey_of, node_of_nkey, public_key, user_nkey, verify
 
 VERSION: Final = 2
 USER_BYTES_MAX: Final = 12 * 1024
@@ -113,12 +113,12 @@ class _OperatorBody(msgspec.Struct, frozen=True, kw_only=True):
 
 def account_nkey(node: NodeId) -> str:
     """A public key as the name of an account: `A…`."""
-    return nkey_of(bytes.fromhex(node), nkeys.PREFIX_BYTE_ACCOUNT)
+    return nkey_of(public_key(node).public_bytes_raw(), nkeys.PREFIX_BYTE_ACCOUNT)
 
 
 def operator_nkey(node: NodeId) -> str:
     """A public key as the name of an operator: `O…`."""
-    return nkey_of(bytes.fromhex(node), nkeys.PREFIX_BYTE_OPERATOR)
+    return nkey_of(public_key(node).public_bytes_raw(), nkeys.PREFIX_BYTE_OPERATOR)
 
 
 def operator_jwt(operator: Identity, *, system: NodeId, name: str, issued_unix_s: float) -> str:

@@ -25,6 +25,8 @@ from fallow.domain.errors import ConfigError, SignatureInvalid
 from fallow.domain.ids import NodeId
 
 SEED_BYTES = 32
+KEY_BYTES = 32
+"""Of a public key."""
 SIGNATURE_BYTES = 64
 KEYS_KEPT_MAX = 16
 """Private keys that are ready to sign: a process has few."""
@@ -72,11 +74,25 @@ def new_identity() -> Identity:
     return identity_of(os.urandom(SEED_BYTES))
 
 
+def public_key(node: NodeId) -> Ed25519PublicKey:
+    """The key that an id is. Raises `SignatureInvalid` for any text but 64 lower-case hex digits.
+
+    The same key in other letters would be another name: one that no list of revoked parties holds.
+    """
+    try:
+        raw = bytes.fromhex(node)
+        if raw.hex() == node:
+            return Ed25519PublicKey.from_public_bytes(raw)
+    except ValueError:
+        pass
+    raise SignatureInvalid(f"expected a key of {2 * KEY_BYTES} lower-case hex digits, got {node[:80]!r}")
+
+
 def verify(signer: NodeId, signature: bytes, message: bytes) -> None:
     """Raises `SignatureInvalid` unless `signer` signed `message`."""
     try:
-        Ed25519PublicKey.from_public_bytes(bytes.fromhex(signer)).verify(signature, message)
-    except (InvalidSignature, ValueError):
+        public_key(signer).verify(signature, message)
+    except InvalidSignature:
         raise SignatureInvalid(f"expected a signature of {signer[:8]}, got one that is not") from None
 
 
@@ -85,7 +101,7 @@ def verify(signer: NodeId, signature: bytes, message: bytes) -> None:
 
 def user_nkey(node: NodeId) -> str:
     """A party's name on the bus: `U…`."""
-    return nkey_of(bytes.fromhex(node), nkeys.PREFIX_BYTE_USER)
+    return nkey_of(public_key(node).public_bytes_raw(), nkeys.PREFIX_BYTE_USER)
 
 
 def nkey_of(public: bytes, prefix: int) -> str:

@@ -18,14 +18,15 @@ from datetime import UTC, datetime
 from typing import TypeVar
 
 import msgspec
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from securesystemslib.signer import CryptoSigner, Key, SSlibKey
 from tuf.api.exceptions import RepositoryError
 from tuf.api.metadata import DelegatedRole, Metadata, Role, Root, Signed, Snapshot, TargetFile, Targets, Timestamp
 
 from fallow.domain.charter import FleetPolicy
-from fallow.domain.errors import CharterInvalid
+from fallow.domain.errors import CharterInvalid, SignatureInvalid
 from fallow.domain.ids import Digest, NodeId
+from fallow.trust import keys
 from fallow.trust.keys import Identity
 
 ROOT_LIFE_S = 90 * 24 * 3600.0
@@ -71,9 +72,9 @@ S = TypeVar("S", Root, Targets, Snapshot, Timestamp)
 def public_key(node: NodeId, name: str = "") -> SSlibKey:
     """A key as TUF writes it. Raises `CharterInvalid` when it is none."""
     try:
-        key = SSlibKey.from_crypto(Ed25519PublicKey.from_public_bytes(bytes.fromhex(node)))
-    except ValueError:
-        raise CharterInvalid(f"expected a public key of 64 hex digits, got {node[:80]!r}") from None
+        key = SSlibKey.from_crypto(keys.public_key(node))
+    except SignatureInvalid as error:
+        raise CharterInvalid(str(error)) from None
     if name:
         key.unrecognized_fields[NAME_FIELD] = name[:NAME_MAX_CHARS]
     return key
