@@ -81,8 +81,8 @@ def bus_urls(config: Config, member: Membership) -> tuple[str, ...]:
 
 def charter_source(member: Membership, folder: Path) -> CharterSource:
     """The council's repository, as the registrar serves it; what was verified is kept in `folder`."""
-    from fallow.trust.charter_client import CharterClient
-    from fallow.trust.charter_fetch import HttpFetcher
+    from fallow.trust.council.client import CharterClient
+    from fallow.trust.council.fetch import HttpFetcher
 
     urls = [f"{url}/tuf/" for url in member.places.registrar_urls]
     fetcher = HttpFetcher(urls, member.network.authority_pem)

@@ -14,17 +14,17 @@ from tuf.api.metadata import Metadata, MetaFile, Root, Snapshot, Targets, Timest
 
 from fallow.domain.charter import Charter, FleetPolicy, Halt
 from fallow.domain.ids import Digest, NodeId
-from fallow.trust import tuf_format as tuf
-from fallow.trust.charter_client import CharterClient
-from fallow.trust.charter_fetch import FolderFetcher
-from fallow.trust.council import Wanted, founding, proposal, publication_of, sign
-from fallow.trust.council_files import read_base
-from fallow.trust.halts import read_halt
+from fallow.trust.council import tuf_format as tuf
+from fallow.trust.council.ceremonies import Wanted, founding, proposal, publication_of, sign
+from fallow.trust.council.client import CharterClient
+from fallow.trust.council.fetch import FolderFetcher
+from fallow.trust.council.files import read_base
+from fallow.trust.council.halts import read_halt
+from fallow.trust.council.proposals import Base, Proposal
+from fallow.trust.council.publication import InForce
+from fallow.trust.council.publisher import listing
+from fallow.trust.council.repository import Repository
 from fallow.trust.keys import Identity, identity_of
-from fallow.trust.proposals import Base, Proposal
-from fallow.trust.publication import InForce
-from fallow.trust.publisher import listing
-from fallow.trust.repository import Repository
 
 NOW = 1_800_000_000.0
 LEASE_S = 600.0

@@ -31,19 +31,19 @@ from fallow.domain.network import BUS_NAME, REGISTRAR_NAME
 from fallow.gateway.server import ServerLimits, serve
 from fallow.policy.enrolment import INVITATIONS_OPEN_AFAR_MAX
 from fallow.system_clock import SystemClock
-from fallow.trust import registry_db as db
 from fallow.trust.certificates import client_context, server_certificate, server_context, write_private
-from fallow.trust.consent import sign_consent
 from fallow.trust.envelope import Envelope
-from fallow.trust.invitations import from_text
-from fallow.trust.journal import Head, Kind, verify
-from fallow.trust.journal_db import append, read_all
 from fallow.trust.keys import Identity, new_identity
 from fallow.trust.membership import enrol, enrolment_of, load
 from fallow.trust.passports import PassportReader
-from fallow.trust.registrar_api import RegistrarApi
+from fallow.trust.registrar import database as db
+from fallow.trust.registrar.api import RegistrarApi
+from fallow.trust.registrar.consent import sign_consent
+from fallow.trust.registrar.invitations import from_text
+from fallow.trust.registrar.journal import Head, Kind, verify
+from fallow.trust.registrar.journal_db import append, read_all
+from fallow.trust.registrar.requests import Enrol, Invite, Renew, Revoke, Withdraw
 from fallow.trust.registrar_client import RegistrarClient, meet, met
-from fallow.trust.requests import Enrol, Invite, Renew, Revoke, Withdraw
 from fallow.trust.revocation_watch import CHECKS
 from tests.unit.trust.registrar_world import HandClock, World, served
 from tests.unit.trust.test_revocation_watch import Process, joined

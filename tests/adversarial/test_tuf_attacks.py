@@ -20,14 +20,14 @@ from fallow.cli.app import app
 from fallow.domain.charter import FleetPolicy
 from fallow.domain.errors import CharterInvalid, ConfigError, NotWorking, SignatureInvalid
 from fallow.policy.council import HALT_EPOCHS_AHEAD, resuming_epoch
-from fallow.trust import tuf_format as tuf
-from fallow.trust.charter_client import CharterClient
-from fallow.trust.charter_fetch import FolderFetcher
-from fallow.trust.council import publication_of, sign
-from fallow.trust.halts import HaltBook, halt_text, seal_halt
-from fallow.trust.proposals import review
-from fallow.trust.publication import Publication
-from fallow.trust.publisher import listing
+from fallow.trust.council import tuf_format as tuf
+from fallow.trust.council.ceremonies import publication_of, sign
+from fallow.trust.council.client import CharterClient
+from fallow.trust.council.fetch import FolderFetcher
+from fallow.trust.council.halts import HaltBook, halt_text, seal_halt
+from fallow.trust.council.proposals import review
+from fallow.trust.council.publication import Publication
+from fallow.trust.council.publisher import listing
 from tests.adversarial.council_world import (
     ALICE,
     BOB,

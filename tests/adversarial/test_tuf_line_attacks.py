@@ -20,8 +20,8 @@ from tuf.api.metadata import MetaFile
 from fallow.domain.errors import CharterInvalid, CharterUnavailable
 from fallow.domain.network import BUS_NAME, REGISTRAR_NAME
 from fallow.trust.certificates import Certificate, new_authority, server_certificate
-from fallow.trust.charter_client import CharterClient
-from fallow.trust.charter_fetch import FETCH_MAX_BYTES, HttpFetcher
+from fallow.trust.council.client import CharterClient
+from fallow.trust.council.fetch import FETCH_MAX_BYTES, HttpFetcher
 from tests.adversarial.council_world import MODEL, NETWORK, ONLINE, Forger, World
 
 CHECK_TIMEOUT_S = 60.0

@@ -14,16 +14,16 @@ from fallow.domain.fleet import Tier
 from fallow.domain.ids import NodeId
 from fallow.domain.network import Network
 from fallow.system_clock import SystemClock
-from fallow.trust import requests
-from fallow.trust.consent import read_consent, sign_consent
 from fallow.trust.envelope import Envelope, Kind, pre_authentication, seal
-from fallow.trust.invitations import PREFIX, _check, as_text, from_text, new_invitation
-from fallow.trust.journal import parse_head
 from fallow.trust.keys import identity_of
-from fallow.trust.registrar import Registrar
+from fallow.trust.registrar import requests
+from fallow.trust.registrar.consent import read_consent, sign_consent
+from fallow.trust.registrar.database import open_database
+from fallow.trust.registrar.invitations import PREFIX, _check, as_text, from_text, new_invitation
+from fallow.trust.registrar.journal import parse_head
+from fallow.trust.registrar.service import Registrar
+from fallow.trust.registrar.state import found, read_network
 from fallow.trust.registrar_client import _decoded, _failure
-from fallow.trust.registrar_state import found, read_network
-from fallow.trust.registry_db import open_database
 
 KEY = identity_of(b"\x07" * 32)
 NETWORK = "ab" * 32

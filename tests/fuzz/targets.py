@@ -35,17 +35,17 @@ from fallow.models.manifest import decode_manifest, encode_manifest
 from fallow.models.safetensors_header import build_header, read_header
 from fallow.models.store import Store
 from fallow.simulator.scenario import load_scenario
-from fallow.trust import tuf_format
-from fallow.trust.council import Wanted, founding, publication_of, sign
-from fallow.trust.council_files import decode_proposal, encode_proposal, invitation_of, member_of_text, member_text
+from fallow.trust.council import tuf_format
+from fallow.trust.council.ceremonies import Wanted, founding, publication_of, sign
+from fallow.trust.council.files import decode_proposal, encode_proposal, invitation_of, member_of_text, member_text
+from fallow.trust.council.halts import decode_halts, halt_of_text, halt_text, seal_halt
+from fallow.trust.council.proposals import Proposal, review
+from fallow.trust.council.publication import decode_publication
+from fallow.trust.council.publication import verify as verify_publication
 from fallow.trust.envelope import Envelope, Kind, pre_authentication, seal, unseal
-from fallow.trust.halts import decode_halts, halt_of_text, halt_text, seal_halt
 from fallow.trust.jwt import account_nkey, read_user
 from fallow.trust.keys import identity_of
 from fallow.trust.passports import issue
-from fallow.trust.proposals import Proposal, review
-from fallow.trust.publication import decode_publication
-from fallow.trust.publication import verify as verify_publication
 from tests.fuzz import registrar_targets, rights_targets
 
 KEY = identity_of(b"\x07" * 32)

@@ -34,17 +34,17 @@ from fallow.node.agent import Agent, AgentConfig
 from fallow.system_clock import WakingClock
 from fallow.trust import passports
 from fallow.trust.admission import Doorkeeper
-from fallow.trust.charter_client import CharterClient
-from fallow.trust.charter_fetch import FolderFetcher
 from fallow.trust.contract import NodeTrust
-from fallow.trust.council_files import CouncilPaths, found_council_of_one, member_of
+from fallow.trust.council.client import CharterClient
+from fallow.trust.council.fetch import FolderFetcher
+from fallow.trust.council.files import CouncilPaths, found_council_of_one, member_of
+from fallow.trust.council.halts import seal_halt
+from fallow.trust.council.publisher import publish_model
 from fallow.trust.grants import Author, Book, Issuer, SealedOrders
-from fallow.trust.halts import seal_halt
 from fallow.trust.keys import Identity, identity_of
 from fallow.trust.lease_keeper import LeaseKeeper
 from fallow.trust.open_doors import OpenLease
 from fallow.trust.passports import Held, PassportReader
-from fallow.trust.publisher import publish_model
 from tests.contract.networks import CELL, TestNetwork, TrustedRig, person, trusted_rig
 from tests.simulation.toy import toy_config
 

@@ -31,20 +31,20 @@ from fallow.processes.founding import ensure_network
 from fallow.processes.registrar import answering, settle
 from fallow.system_clock import SystemClock
 from fallow.trust import membership
-from fallow.trust.charter_fetch import FolderFetcher
-from fallow.trust.consent import sign_consent
-from fallow.trust.council import Wanted, proposal, publication_of, sign
-from fallow.trust.council_files import CouncilPaths, member_of, read_base, signing_keys
-from fallow.trust.halts import read_halt, seal_halt
-from fallow.trust.invitations import from_text
+from fallow.trust.council.ceremonies import Wanted, proposal, publication_of, sign
+from fallow.trust.council.fetch import FolderFetcher
+from fallow.trust.council.files import CouncilPaths, member_of, read_base, signing_keys
+from fallow.trust.council.halts import read_halt, seal_halt
 from fallow.trust.keys import load_or_create
 from fallow.trust.membership import Membership, enrolment_of
 from fallow.trust.passports import PassportReader
-from fallow.trust.registrar import Registrar
+from fallow.trust.registrar.consent import sign_consent
+from fallow.trust.registrar.database import open_database
+from fallow.trust.registrar.invitations import from_text
+from fallow.trust.registrar.service import Registrar
+from fallow.trust.registrar.state import RegistrarState
+from fallow.trust.registrar.word import RegistrarWord
 from fallow.trust.registrar_client import RegistrarClient, meet, met
-from fallow.trust.registrar_state import RegistrarState
-from fallow.trust.registrar_word import RegistrarWord
-from fallow.trust.registry_db import open_database
 
 EFFECT_LIMIT_S = 5.0
 START_LIMIT_S = 60.0

@@ -22,7 +22,7 @@ from fallow.models.importer import import_model
 from fallow.models.manifest import manifest_digest
 from fallow.models.store import Store
 from fallow.processes.local_service import LocalService
-from fallow.trust.publisher import publish_model
+from fallow.trust.council.publisher import publish_model
 from tests.system.harness import MODEL, Answer, ask, service
 from tests.system.hostile import Neighbour
 

@@ -37,7 +37,7 @@ def verify(head: Heads = None, state_dir: StateDir = None, config: ConfigFile = 
           fallow audit verify --head 1042:9f86d081…
     """
     from fallow.cli.registrar_place import noted_heads, place_of
-    from fallow.trust import journal
+    from fallow.trust.registrar import journal
 
     place = place_of(state_dir, config)
     kept = noted_heads(place.config)
@@ -74,7 +74,7 @@ def export(
           fallow audit export --since 2026-11-01 --out journal.jsonl
     """
     from fallow.cli.registrar_place import noted_heads, place_of
-    from fallow.trust import journal
+    from fallow.trust.registrar import journal
 
     since_ms = _day_ms(since) if since is not None else 0
     place = place_of(state_dir, config)
@@ -132,7 +132,7 @@ def members(
 
 
 def _head(text: str) -> Any:
-    from fallow.trust.journal import parse_head
+    from fallow.trust.registrar.journal import parse_head
 
     path = Path(text)
     if ":" not in text and path.is_file():
@@ -143,7 +143,7 @@ def _head(text: str) -> Any:
 def _network(place: Any) -> dict[str, str]:
     from fallow.cli.registrar_place import Here
     from fallow.processes.party import CONSOLE
-    from fallow.trust.registrar_state import NETWORK_FILE, digest_of, read_network
+    from fallow.trust.registrar.state import NETWORK_FILE, digest_of, read_network
 
     if isinstance(place, Here):
         content = place.registrar.state.network_json

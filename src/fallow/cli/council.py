@@ -74,9 +74,9 @@ def propose(
     from fallow.cli.council_place import place_of
     from fallow.cli.council_wishes import PolicyWish, PublisherWish, SeatWish, wanted_of
     from fallow.cli.council_words import show_review
-    from fallow.trust.council import Wanted, proposal
-    from fallow.trust.council_files import encode_proposal
-    from fallow.trust.proposals import review
+    from fallow.trust.council.ceremonies import Wanted, proposal
+    from fallow.trust.council.files import encode_proposal
+    from fallow.trust.council.proposals import review
 
     place = place_of(state_dir, config, network, registrar)
     seats = SeatWish(tuple(add or ()), tuple(remove or ()), threshold, online_key)
@@ -120,8 +120,8 @@ def sign(
 
     from fallow.cli.council_place import confirmed, place_of
     from fallow.cli.council_words import show_review
-    from fallow.trust.council import sign as sign_proposal
-    from fallow.trust.council_files import (
+    from fallow.trust.council.ceremonies import sign as sign_proposal
+    from fallow.trust.council.files import (
         Pin,
         check_pin,
         encode_proposal,
@@ -130,7 +130,7 @@ def sign(
         signing_keys,
         write_pin,
     )
-    from fallow.trust.proposals import review
+    from fallow.trust.council.proposals import review
 
     place = place_of(state_dir, config)
     proposed = read_proposal(file)
@@ -165,8 +165,8 @@ def publish(
     """Put a proposal in force that has the signatures it needs; copies signed apart are merged."""
 
     from fallow.cli.council_place import place_of
-    from fallow.trust.council import merge, publication_of
-    from fallow.trust.council_files import read_proposal
+    from fallow.trust.council.ceremonies import merge, publication_of
+    from fallow.trust.council.files import read_proposal
 
     place = place_of(state_dir, config, network, registrar)
     merged = merge([read_proposal(file) for file in files])

@@ -56,8 +56,8 @@ def halt(
     `fallow council obey TEXT` on a device.
     """
     from fallow.cli.council_place import confirmed, place_of
-    from fallow.trust.council_files import member_of
-    from fallow.trust.halts import halt_of_text, halt_text, seal_halt
+    from fallow.trust.council.files import member_of
+    from fallow.trust.council.halts import halt_of_text, halt_text, seal_halt
 
     place = place_of(state_dir, config, network, registrar)
     loaded = settings(config, {"state_dir": state_dir}).config
@@ -86,7 +86,7 @@ def obey(
     It is checked against the council that each of them last verified, and lies on their disks from then on. A process
     that runs obeys at its next check of the council's repository, and at its next start before anything else.
     """
-    from fallow.trust.halts import halt_of_text
+    from fallow.trust.council.halts import halt_of_text
 
     envelope = halt_of_text(text)
     state = settings(config, {"state_dir": state_dir}).config.state_dir
@@ -115,9 +115,9 @@ def obey(
 def _obey_in(folder: Path, envelope: bytes) -> str | None:
     """Why that process stops; `None` when it knows no council. Raises `SignatureInvalid` for what does not hold."""
     from fallow.policy.council import halt_holds
-    from fallow.trust.charter_client import last_known
-    from fallow.trust.halts import HaltBook, read_halt
-    from fallow.trust.registrar_state import NETWORK_FILE, digest_of
+    from fallow.trust.council.client import last_known
+    from fallow.trust.council.halts import HaltBook, read_halt
+    from fallow.trust.registrar.state import NETWORK_FILE, digest_of
 
     known = last_known(folder / "charter")
     if known is None or not (folder / NETWORK_FILE).is_file():
@@ -189,8 +189,8 @@ async def _over_the_bus(config: "Config", envelope: bytes) -> None:
 
 def _what_to_halt(place: "Place") -> tuple[str, int]:
     """The network, and an epoch that its policy does not exceed."""
-    from fallow.trust.council_files import pin_of
-    from fallow.trust.proposals import verify_base
+    from fallow.trust.council.files import pin_of
+    from fallow.trust.council.proposals import verify_base
 
     pin = pin_of(place.paths)
     digest = place.network or (pin.network if pin is not None else "")

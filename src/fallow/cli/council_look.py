@@ -9,13 +9,13 @@ from fallow.cli.council_words import Situation
 from fallow.domain.charter import Halt
 from fallow.domain.ids import NodeId
 from fallow.policy.council import halt_holds
-from fallow.trust import tuf_format as tuf
-from fallow.trust.charter_client import HALTS_PATH
-from fallow.trust.charter_fetch import RepositoryFetcher
-from fallow.trust.council_files import read_base
-from fallow.trust.halts import HALTS_FILE_MAX_BYTES, decode_halts
+from fallow.trust.council import tuf_format as tuf
+from fallow.trust.council.client import HALTS_PATH
+from fallow.trust.council.fetch import RepositoryFetcher
+from fallow.trust.council.files import read_base
+from fallow.trust.council.halts import HALTS_FILE_MAX_BYTES, decode_halts
+from fallow.trust.council.proposals import verify_base
 from fallow.trust.keys import load
-from fallow.trust.proposals import verify_base
 
 
 def look(place: Place) -> Situation:

@@ -13,8 +13,8 @@ from fallow.domain.ids import Digest
 
 if TYPE_CHECKING:
     from fallow.cli.council_place import Place
+    from fallow.trust.council.publication import InForce
     from fallow.trust.keys import Identity
-    from fallow.trust.publication import InForce
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
@@ -34,8 +34,8 @@ def sign_model(
     """
     from fallow.cli.council_place import place_of
     from fallow.models.store import Store
-    from fallow.trust import tuf_format as tuf
-    from fallow.trust.publisher import listing
+    from fallow.trust.council import tuf_format as tuf
+    from fallow.trust.council.publisher import listing
 
     place = place_of(state_dir, config, network, registrar)
     digest = _digest(place, model)
@@ -56,8 +56,8 @@ def withdraw_model(
 ) -> None:
     """Take a model off the list, with this machine's publisher key: devices load it no more, and drop it."""
     from fallow.cli.council_place import confirmed, place_of
-    from fallow.trust import tuf_format as tuf
-    from fallow.trust.publisher import delisting
+    from fallow.trust.council import tuf_format as tuf
+    from fallow.trust.council.publisher import delisting
 
     place = place_of(state_dir, config, network, registrar)
     digest = _digest(place, model)
@@ -69,7 +69,7 @@ def withdraw_model(
 
 
 def _ready(place: "Place") -> "tuple[InForce, Identity]":
-    from fallow.trust.council_files import in_force_of
+    from fallow.trust.council.files import in_force_of
     from fallow.trust.keys import load
 
     try:

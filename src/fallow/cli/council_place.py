@@ -17,11 +17,11 @@ import typer
 from fallow.cli.options import notes, settings
 from fallow.domain.errors import ConfigError, RegistrarUnavailable
 from fallow.domain.network import Network, Places
-from fallow.trust.charter_fetch import FolderFetcher, HttpFetcher, RepositoryFetcher
-from fallow.trust.council_files import CouncilPaths, read_base
-from fallow.trust.proposals import Base
-from fallow.trust.publication import Publication
-from fallow.trust.registrar_state import NETWORK_FILE, PLACES_FILE, digest_of, paths_of, read_network
+from fallow.trust.council.fetch import FolderFetcher, HttpFetcher, RepositoryFetcher
+from fallow.trust.council.files import CouncilPaths, read_base
+from fallow.trust.council.proposals import Base
+from fallow.trust.council.publication import Publication
+from fallow.trust.registrar.state import NETWORK_FILE, PLACES_FILE, digest_of, paths_of, read_network
 
 
 class Known(msgspec.Struct, frozen=True):

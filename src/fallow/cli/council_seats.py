@@ -40,9 +40,9 @@ def init(
 
     from fallow.cli.council_place import place_of
     from fallow.policy.council import quorum_remark
-    from fallow.trust import tuf_format as tuf
-    from fallow.trust.council import Wanted, founding
-    from fallow.trust.council_files import encode_proposal, found_council_of_one, members_of_texts
+    from fallow.trust.council import tuf_format as tuf
+    from fallow.trust.council.ceremonies import Wanted, founding
+    from fallow.trust.council.files import encode_proposal, found_council_of_one, members_of_texts
     from fallow.trust.keys import load_or_create
 
     place = place_of(state_dir, config)
@@ -77,9 +77,9 @@ def invite(
     """Print what somebody needs to become a member. It is public; that they are let in is for the council to sign."""
 
     from fallow.cli.council_place import place_of
-    from fallow.trust import tuf_format as tuf
-    from fallow.trust.council_files import CouncilInvitation, invitation_text
-    from fallow.trust.proposals import first_root_payload, verify_base
+    from fallow.trust.council import tuf_format as tuf
+    from fallow.trust.council.files import CouncilInvitation, invitation_text
+    from fallow.trust.council.proposals import first_root_payload, verify_base
 
     place = place_of(state_dir, config, network, registrar)
     base = place.base()
@@ -111,7 +111,7 @@ def join(
     """
 
     from fallow.cli.council_place import place_of
-    from fallow.trust.council_files import Pin, invitation_of, member_text, pin_of, write_pin
+    from fallow.trust.council.files import Pin, invitation_of, member_text, pin_of, write_pin
     from fallow.trust.keys import load_or_create
 
     place = place_of(state_dir, config)
@@ -144,7 +144,7 @@ def key(
     """Show the public halves of this machine's keys, as `propose` takes them."""
 
     from fallow.cli.council_place import place_of
-    from fallow.trust.council_files import member_of
+    from fallow.trust.council.files import member_of
     from fallow.trust.keys import load_or_create
 
     paths = place_of(state_dir, config).paths

@@ -14,10 +14,10 @@ from fallow.domain.errors import ConfigError
 from fallow.domain.fleet import Tier
 from fallow.domain.ids import Digest, NodeId
 from fallow.policy.council import resuming_epoch
-from fallow.trust import tuf_format as tuf
-from fallow.trust.council import Wanted
-from fallow.trust.council_files import member_of_text
-from fallow.trust.proposals import Base, verify_base
+from fallow.trust.council import tuf_format as tuf
+from fallow.trust.council.ceremonies import Wanted
+from fallow.trust.council.files import member_of_text
+from fallow.trust.council.proposals import Base, verify_base
 
 _KEY = re.compile(r"[0-9a-f]{64}")
 

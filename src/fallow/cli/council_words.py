@@ -11,7 +11,7 @@ from fallow.cli.options import console, say
 from fallow.domain.charter import FleetPolicy, Halt
 from fallow.domain.ids import NodeId
 from fallow.policy.council import quorum_remark
-from fallow.trust.proposals import Need, Review
+from fallow.trust.council.proposals import Need, Review
 
 SOON_S: Final = 30 * 24 * 3600.0
 """How long before the council must meet `status` begins to say so."""

@@ -10,7 +10,7 @@ from fallow.cli.options import ConfigFile, StateDir, notes, say
 from fallow.domain.credentials import Role
 from fallow.domain.errors import ConfigError
 from fallow.domain.fleet import Tier
-from fallow.trust.requests import NAME_PATTERN
+from fallow.trust.registrar.requests import NAME_PATTERN
 
 if TYPE_CHECKING:
     from fallow.cli.registrar_place import Afar, Here
@@ -56,8 +56,8 @@ def invite(
           fallow invite --no-qr | ssh desk 'fallow join --yes "$(cat)"'
     """
     from fallow.cli.registrar_place import Here, place_of
-    from fallow.trust.invitations import as_qr, from_text
-    from fallow.trust.requests import Invite
+    from fallow.trust.registrar.invitations import as_qr, from_text
+    from fallow.trust.registrar.requests import Invite
 
     wanted, known, life_s = _role(role), _tier(tier), parse_life_s(expires)
     place = place_of(state_dir, config)
@@ -82,7 +82,7 @@ def invite(
 
 def _withdraw(place: "Here | Afar", which: str) -> None:
     from fallow.cli.registrar_place import Here
-    from fallow.trust.requests import Withdraw
+    from fallow.trust.registrar.requests import Withdraw
 
     if re.search(NAME_PATTERN, which) is None:
         raise ConfigError("Name an invitation by its id, or by 8 or more of its first digits, or give a member's name.")

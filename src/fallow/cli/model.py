@@ -149,7 +149,7 @@ def remove(
     config: ConfigFile = None,
 ) -> None:
     """Remove a model and every file that only it uses, and withdraw the signature under it. Devices drop it."""
-    from fallow.trust.publisher import withdraw_model
+    from fallow.trust.council.publisher import withdraw_model
 
     store = _store(state_dir, config)
     digest, _ = store.by_name(name)
@@ -161,8 +161,8 @@ def remove(
 
 def _publish(state_dir: Path, store: Any, digest: Digest) -> None:
     """Sign the model, where there is a network to sign it for; one that is founded later signs what the store holds."""
-    from fallow.trust.publisher import publish_model
-    from fallow.trust.registrar_state import is_founded
+    from fallow.trust.council.publisher import publish_model
+    from fallow.trust.registrar.state import is_founded
 
     if is_founded(state_dir):
         publish_model(state_dir, store.manifest_bytes(digest), time.time())

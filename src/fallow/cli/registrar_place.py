@@ -18,13 +18,13 @@ from fallow.domain.errors import ConfigError
 from fallow.domain.ids import NodeId
 from fallow.processes.party import CONSOLE
 from fallow.trust import membership
-from fallow.trust.journal import Entry, Head, parse_head
-from fallow.trust.journal_db import read_all
 from fallow.trust.keys import Identity
-from fallow.trust.registrar import Registrar
+from fallow.trust.registrar.database import open_database
+from fallow.trust.registrar.journal import Entry, Head, parse_head
+from fallow.trust.registrar.journal_db import read_all
+from fallow.trust.registrar.service import Registrar
+from fallow.trust.registrar.state import is_founded, open_state
 from fallow.trust.registrar_client import RegistrarClient
-from fallow.trust.registrar_state import is_founded, open_state
-from fallow.trust.registry_db import open_database
 
 HEADS_MAX: Final = 100
 ENTRIES_FETCHED_MAX: Final = 1_000_000

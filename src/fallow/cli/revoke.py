@@ -31,7 +31,7 @@ def revoke(
           fallow revoke 3f9a1c20d4e5 --why "its disk was stolen" --yes
     """
     from fallow.cli.registrar_place import Here, place_of, short
-    from fallow.trust.requests import Revoke
+    from fallow.trust.registrar.requests import Revoke
 
     if not 1 <= len(why) <= 500:
         raise ConfigError("Give a reason of 1 to 500 characters with --why: it is kept in the journal.")

@@ -14,9 +14,9 @@ from typing import Final
 from fallow.config import Config
 from fallow.models.store import Store
 from fallow.processes.supervisor import Tell
-from fallow.trust.council_files import CouncilPaths, found_council_of_one
-from fallow.trust.publisher import publish_model
-from fallow.trust.registrar_state import RegistrarState, found, is_founded, open_state
+from fallow.trust.council.files import CouncilPaths, found_council_of_one
+from fallow.trust.council.publisher import publish_model
+from fallow.trust.registrar.state import RegistrarState, found, is_founded, open_state
 
 NAME_MAX_CHARS: Final = 64
 

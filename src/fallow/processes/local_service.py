@@ -34,9 +34,9 @@ from fallow.processes.party import of_what_runs, open_console
 from fallow.processes.runfile import Running, running
 from fallow.system_clock import SystemClock
 from fallow.trust.membership import is_member
-from fallow.trust.registrar import Registrar
-from fallow.trust.registrar_state import open_state
-from fallow.trust.registry_db import open_database
+from fallow.trust.registrar.database import open_database
+from fallow.trust.registrar.service import Registrar
+from fallow.trust.registrar.state import open_state
 
 START_LIMIT_S: Final = 60.0
 STOP_LIMIT_S: Final = 25.0

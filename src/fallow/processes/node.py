@@ -20,7 +20,7 @@ from fallow.processes.lock import hold
 from fallow.processes.nearest_cell import nearest_cell
 from fallow.processes.party import Agree, Newcomer, Party, join_as_console, take_part
 from fallow.processes.supervisor import Tell
-from fallow.trust.consent import Lent
+from fallow.trust.registrar.consent import Lent
 
 NAME_MAX_CHARS: Final = 128
 LEAVE_LIMIT_S: Final = 15.0

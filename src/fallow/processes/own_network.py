@@ -17,11 +17,12 @@ from fallow.processes.founding import ensure_network
 from fallow.processes.party import CONSOLE
 from fallow.processes.registrar import answering, settle
 from fallow.processes.supervisor import Tell
-from fallow.trust import invitations, membership
-from fallow.trust.registrar import Registrar
+from fallow.trust import membership
+from fallow.trust.registrar import invitations
+from fallow.trust.registrar.database import open_database
+from fallow.trust.registrar.service import Registrar
+from fallow.trust.registrar.word import RegistrarWord
 from fallow.trust.registrar_client import met
-from fallow.trust.registrar_word import RegistrarWord
-from fallow.trust.registry_db import open_database
 
 READY_LIMIT_S: Final = 30.0
 INVITATION_LIFE_S: Final = 600.0

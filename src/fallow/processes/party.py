@@ -25,7 +25,7 @@ from fallow.domain.fleet import Subjects
 from fallow.fabric.contract import Admission, Bus, PresenceWatcher
 from fallow.processes.runfile import running
 from fallow.processes.supervisor import Tell
-from fallow.trust import consent, invitations, membership, open_doors
+from fallow.trust import membership, open_doors
 from fallow.trust.admission import Doorkeeper
 from fallow.trust.contract import CoordinatorTrust, Lease, NodeTrust, Routes
 from fallow.trust.grants import Author, Book, Issuer, SealedOrders, SignedRoutes
@@ -33,6 +33,7 @@ from fallow.trust.keys import Identity
 from fallow.trust.lease_keeper import LeaseKeeper
 from fallow.trust.membership import Membership, NetworkClock
 from fallow.trust.passports import PassportReader
+from fallow.trust.registrar import consent, invitations
 from fallow.trust.registrar_client import meet
 from fallow.trust.revocation_watch import RevocationWatch
 

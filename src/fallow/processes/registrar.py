@@ -24,12 +24,12 @@ from fallow.gateway.server import HttpServer, ServerLimits, serve
 from fallow.processes.addresses import lan_address
 from fallow.processes.lifetime import Stop
 from fallow.trust.certificates import server_context
-from fallow.trust.council_files import CouncilPaths
-from fallow.trust.registrar import Registrar
-from fallow.trust.registrar_api import RegistrarApi
-from fallow.trust.registrar_client import RegistrarClient, met
-from fallow.trust.registrar_duties import RegistrarDuties
-from fallow.trust.registrar_state import (
+from fallow.trust.council.files import CouncilPaths
+from fallow.trust.registrar.api import RegistrarApi
+from fallow.trust.registrar.database import open_database
+from fallow.trust.registrar.duties import RegistrarDuties
+from fallow.trust.registrar.service import Registrar
+from fallow.trust.registrar.state import (
     Paths,
     RegistrarState,
     open_state,
@@ -38,8 +38,8 @@ from fallow.trust.registrar_state import (
     write_places,
     write_server_certificate,
 )
-from fallow.trust.registrar_word import ClaimsCredentials, OwnCredentials, RegistrarWord
-from fallow.trust.registry_db import open_database
+from fallow.trust.registrar.word import ClaimsCredentials, OwnCredentials, RegistrarWord
+from fallow.trust.registrar_client import RegistrarClient, met
 
 BUS_RETRY_S: Final = 1.0
 CERTIFICATE_EVERY_S: Final = 7 * 24 * 3600.0

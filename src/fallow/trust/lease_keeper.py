@@ -37,7 +37,7 @@ from fallow.policy.council import halt_holds
 from fallow.policy.lease import Ledger, Tenure
 from fallow.private_file import write_durably
 from fallow.trust.contract import CharterSource
-from fallow.trust.halts import HaltBook, read_halt
+from fallow.trust.council.halts import HaltBook, read_halt
 
 CHECKS: Final = 4
 """In the length of a lease."""

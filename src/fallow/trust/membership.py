@@ -26,11 +26,11 @@ from fallow.domain.clock import Clock
 from fallow.domain.errors import ConfigError, FallowError, MembershipEnded, RegistrarUnavailable, TrustError
 from fallow.domain.network import Network, Places
 from fallow.policy.enrolment import REFUSED_RETRY_S, renewal_wait_s, retry_wait_s
-from fallow.trust.invitations import Invitation
 from fallow.trust.keys import Identity
+from fallow.trust.registrar.invitations import Invitation
+from fallow.trust.registrar.requests import Admitted, Enrol, Leave, Renew
+from fallow.trust.registrar.state import NETWORK_FILE, PLACES_FILE
 from fallow.trust.registrar_client import Met, RegistrarClient, met
-from fallow.trust.registrar_state import NETWORK_FILE, PLACES_FILE
-from fallow.trust.requests import Admitted, Enrol, Leave, Renew
 
 PASSPORT_FILE: Final = "passport"
 HEAD_FILE: Final = "journal-head"

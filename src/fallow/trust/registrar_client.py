@@ -32,10 +32,9 @@ from fallow.domain.errors import (
 from fallow.domain.network import REGISTRAR_NAME, Network, Places
 from fallow.trust.certificates import client_context
 from fallow.trust.envelope import Kind, seal
-from fallow.trust.invitations import Invitation
 from fallow.trust.keys import Identity
-from fallow.trust.registrar_state import NETWORK_MAX_BYTES, digest_of, read_network
-from fallow.trust.requests import (
+from fallow.trust.registrar.invitations import Invitation
+from fallow.trust.registrar.requests import (
     Admitted,
     Answer,
     Challenge,
@@ -52,6 +51,7 @@ from fallow.trust.requests import (
     Withdraw,
     Withdrawn,
 )
+from fallow.trust.registrar.state import NETWORK_MAX_BYTES, digest_of, read_network
 
 TIMEOUT_S: Final = 15.0
 EXCHANGE_LIMIT_S: Final = 120.0

@@ -13,21 +13,21 @@ from fallow.domain.network import Places
 from fallow.gateway.server import HttpServer, ServerLimits, serve
 from fallow.system_clock import SystemClock
 from fallow.trust.certificates import server_context
-from fallow.trust.consent import sign_consent
-from fallow.trust.council_files import CouncilPaths, found_council_of_one
+from fallow.trust.council.files import CouncilPaths, found_council_of_one
 from fallow.trust.envelope import Kind as Envelopes
 from fallow.trust.envelope import seal
-from fallow.trust.invitations import Invitation, from_text
-from fallow.trust.journal import Entry
-from fallow.trust.journal_db import read_all
 from fallow.trust.keys import Identity, new_identity
 from fallow.trust.membership import enrolment_of
-from fallow.trust.registrar import Registrar
-from fallow.trust.registrar_api import ApiLimits, RegistrarApi
-from fallow.trust.registrar_state import found, write_places, write_server_certificate
-from fallow.trust.registrar_word import RegistrarWord
-from fallow.trust.registry_db import RegistryDb, open_database
-from fallow.trust.requests import Admitted, Answer, Enrol, Renew, Request
+from fallow.trust.registrar.api import ApiLimits, RegistrarApi
+from fallow.trust.registrar.consent import sign_consent
+from fallow.trust.registrar.database import RegistryDb, open_database
+from fallow.trust.registrar.invitations import Invitation, from_text
+from fallow.trust.registrar.journal import Entry
+from fallow.trust.registrar.journal_db import read_all
+from fallow.trust.registrar.requests import Admitted, Answer, Enrol, Renew, Request
+from fallow.trust.registrar.service import Registrar
+from fallow.trust.registrar.state import found, write_places, write_server_certificate
+from fallow.trust.registrar.word import RegistrarWord
 
 BEGIN_UNIX_S = time.time()
 """TLS judges certificates by the machine's clock, whatever ours says."""

@@ -7,9 +7,9 @@ from tuf.ngclient._internal import trusted_metadata_set
 
 from fallow.domain.charter import FleetPolicy
 from fallow.domain.errors import CharterInvalid, CharterUnavailable
-from fallow.trust import tuf_format as tuf
-from fallow.trust.charter_client import CharterClient
-from fallow.trust.charter_fetch import FolderFetcher
+from fallow.trust.council import tuf_format as tuf
+from fallow.trust.council.client import CharterClient
+from fallow.trust.council.fetch import FolderFetcher
 from tests.adversarial.council_world import (
     ALICE,
     BOB,

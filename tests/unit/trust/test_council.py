@@ -7,9 +7,9 @@ import pytest
 
 from fallow.domain.charter import FleetPolicy
 from fallow.domain.errors import CharterInvalid, SignatureInvalid
-from fallow.trust import tuf_format as tuf
-from fallow.trust.council import Wanted, founding, merge, publication_of, sign
-from fallow.trust.council_files import (
+from fallow.trust.council import tuf_format as tuf
+from fallow.trust.council.ceremonies import Wanted, founding, merge, publication_of, sign
+from fallow.trust.council.files import (
     CouncilInvitation,
     CouncilPaths,
     Pin,
@@ -24,7 +24,7 @@ from fallow.trust.council_files import (
     pin_of,
     write_pin,
 )
-from fallow.trust.proposals import first_root_payload, review
+from fallow.trust.council.proposals import first_root_payload, review
 from tests.adversarial.council_world import (
     ALICE,
     BOB,

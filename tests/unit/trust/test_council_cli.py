@@ -28,14 +28,14 @@ from fallow.models.store import Store
 from fallow.policy.council import HALT_EPOCHS_AHEAD
 from fallow.system_clock import SystemClock
 from fallow.trust.certificates import server_context
-from fallow.trust.council_files import CouncilPaths, found_council_of_one
-from fallow.trust.halts import halt_of_text, halt_text, seal_halt
+from fallow.trust.council.files import CouncilPaths, found_council_of_one
+from fallow.trust.council.halts import halt_of_text, halt_text, seal_halt
 from fallow.trust.keys import load
-from fallow.trust.registrar import Registrar
-from fallow.trust.registrar_api import RegistrarApi
-from fallow.trust.registrar_state import RegistrarState, found, open_state, write_server_certificate
-from fallow.trust.registrar_word import RegistrarWord
-from fallow.trust.registry_db import open_database
+from fallow.trust.registrar.api import RegistrarApi
+from fallow.trust.registrar.database import open_database
+from fallow.trust.registrar.service import Registrar
+from fallow.trust.registrar.state import RegistrarState, found, open_state, write_server_certificate
+from fallow.trust.registrar.word import RegistrarWord
 
 SMALL = Path(__file__).parents[2] / "fixtures" / "families" / "llama"
 runner = CliRunner()

@@ -8,16 +8,16 @@ import pytest
 
 from fallow.domain.charter import FleetPolicy
 from fallow.domain.errors import CharterInvalid, CharterUnavailable, ConfigError, NotWorking
-from fallow.trust import tuf_format as tuf
-from fallow.trust.charter_client import CharterClient
-from fallow.trust.charter_fetch import FolderFetcher
-from fallow.trust.council import Wanted, proposal, publication_of, sign
-from fallow.trust.council_files import CouncilPaths, found_council_of_one, read_base
-from fallow.trust.halts import seal_halt
+from fallow.trust.council import tuf_format as tuf
+from fallow.trust.council.ceremonies import Wanted, proposal, publication_of, sign
+from fallow.trust.council.client import CharterClient
+from fallow.trust.council.fetch import FolderFetcher
+from fallow.trust.council.files import CouncilPaths, found_council_of_one, read_base
+from fallow.trust.council.halts import seal_halt
+from fallow.trust.council.publication import decode_publication
+from fallow.trust.council.publisher import delisting, listing, publish_model
+from fallow.trust.council.repository import Repository
 from fallow.trust.keys import load
-from fallow.trust.publication import decode_publication
-from fallow.trust.publisher import delisting, listing, publish_model
-from fallow.trust.repository import Repository
 from tests.adversarial.council_world import (
     ALICE,
     BOB,
@@ -168,7 +168,7 @@ def test_a_crash_while_publishing_is_completed_by_publishing_again(
     Goal: no crash leaves a repository that can neither serve the old state nor be brought to the new one.
     Method: writing stops at each file in turn; the old state must be there, or the same publication must complete it.
     """
-    from fallow.trust import repository as module
+    from fallow.trust.council import repository as module
 
     proposed, _ = sign(world.propose(policy=RESUMED, members={ALICE.node: "a", BOB.node: "b"}), [ALICE, BOB])
     written = 0

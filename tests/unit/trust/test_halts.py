@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from fallow.domain.errors import SignatureInvalid
 from fallow.policy.council import HALT_EPOCHS_AHEAD
+from fallow.trust.council.halts import HaltBook, decode_halts, halt_of_text, halt_text, read_halt, seal_halt
 from fallow.trust.envelope import Kind, seal
-from fallow.trust.halts import HaltBook, decode_halts, halt_of_text, halt_text, read_halt, seal_halt
 from fallow.trust.keys import Identity, identity_of
 
 ALICE, BOB, EVE = (identity_of(name.ljust(32, b".")) for name in (b"alice", b"bob", b"eve"))

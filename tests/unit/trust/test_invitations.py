@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from fallow.domain.credentials import Role
 from fallow.domain.errors import InvitationRefused
-from fallow.trust.invitations import (
+from fallow.trust.registrar.invitations import (
     PREFIX,
     Invitation,
     as_qr,
@@ -75,7 +75,7 @@ def test_no_other_text_is_an_invitation(text: str) -> None:
 @given(st.binary(max_size=300))
 def test_no_other_bytes_behind_a_right_checksum_are_an_invitation(packed: bytes) -> None:
     """The checksum is public: what it covers is still parsed strictly."""
-    from fallow.trust.invitations import _check
+    from fallow.trust.registrar.invitations import _check
 
     text = PREFIX + base64.urlsafe_b64encode(_check(packed) + packed).rstrip(b"=").decode()
     with pytest.raises(InvitationRefused):

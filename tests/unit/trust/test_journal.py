@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fallow.domain.errors import ConfigError, JournalBroken
-from fallow.trust import registry_db as db
-from fallow.trust.journal import EMPTY, FIRST_PREVIOUS, Entry, Head, Kind, entry_hash, parse_head, verify
-from fallow.trust.journal_db import append, read, read_all, read_head
+from fallow.trust.registrar import database as db
+from fallow.trust.registrar.journal import EMPTY, FIRST_PREVIOUS, Entry, Head, Kind, entry_hash, parse_head, verify
+from fallow.trust.registrar.journal_db import append, read, read_all, read_head
 
 PROCESSES = 2
 APPENDS_EACH = 15

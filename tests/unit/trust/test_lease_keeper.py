@@ -13,7 +13,7 @@ from fallow.domain.errors import CharterUnavailable
 from fallow.domain.fleet import Subjects
 from fallow.domain.ids import Digest
 from fallow.fabric.memory_bus import MemoryBus, MemoryHub
-from fallow.trust.halts import seal_halt
+from fallow.trust.council.halts import seal_halt
 from fallow.trust.keys import Identity
 from fallow.trust.lease_keeper import LeaseKeeper
 from tests.unit.trust.grant_world import COORDINATOR, MEMBER, MODEL, STRANGER

@@ -11,17 +11,15 @@ from fallow.domain.credentials import PASSPORT_LIFE_S, RevocationList, Role
 from fallow.domain.errors import ConfigError, FallowError, InvitationRefused, RequestRefused, SignatureInvalid
 from fallow.domain.fleet import Tier
 from fallow.policy.enrolment import FORGOTTEN_S, REVOCATION_KEPT_S, Action, may_ask
-from fallow.trust.consent import Consent, sign_consent
 from fallow.trust.envelope import Kind as Envelopes
 from fallow.trust.envelope import unseal
-from fallow.trust.invitations import from_text
-from fallow.trust.journal import verify
 from fallow.trust.keys import Identity, new_identity
 from fallow.trust.membership import enrolment_of
 from fallow.trust.passports import PassportReader
-from fallow.trust.registrar import REFUSALS_KEPT_PER_INVITATION
-from fallow.trust.registrar_state import found, open_state, paths_of
-from fallow.trust.requests import (
+from fallow.trust.registrar.consent import Consent, sign_consent
+from fallow.trust.registrar.invitations import from_text
+from fallow.trust.registrar.journal import verify
+from fallow.trust.registrar.requests import (
     NONCE_LIFE_S,
     Admitted,
     Enrol,
@@ -36,6 +34,8 @@ from fallow.trust.requests import (
     Withdraw,
     Withdrawn,
 )
+from fallow.trust.registrar.service import REFUSALS_KEPT_PER_INVITATION
+from fallow.trust.registrar.state import found, open_state, paths_of
 from tests.unit.trust.registrar_world import BUS_URLS, HandClock, World
 
 

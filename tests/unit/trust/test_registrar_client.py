@@ -27,15 +27,15 @@ from fallow.policy.rate_limit import KeyLimits
 from fallow.system_clock import SystemClock
 from fallow.trust import membership
 from fallow.trust.certificates import client_context, server_certificate, server_context, write_private
-from fallow.trust.council_files import member_of
-from fallow.trust.halts import seal_halt
-from fallow.trust.invitations import Invitation, from_text
+from fallow.trust.council.files import member_of
+from fallow.trust.council.halts import seal_halt
 from fallow.trust.keys import Identity, new_identity
 from fallow.trust.membership import Membership, NetworkClock, enrol, is_member, load
 from fallow.trust.passports import PassportReader
-from fallow.trust.registrar_api import ADDRESSES_MAX, ApiLimits, RateBook, RegistrarApi, TooMany
+from fallow.trust.registrar.api import ADDRESSES_MAX, ApiLimits, RateBook, RegistrarApi, TooMany
+from fallow.trust.registrar.invitations import Invitation, from_text
+from fallow.trust.registrar.requests import Invite, Leave, Renew, Revoke
 from fallow.trust.registrar_client import RegistrarClient, meet, met
-from fallow.trust.requests import Invite, Leave, Renew, Revoke
 from tests.unit.trust.registrar_world import HandClock, World, served
 
 
@@ -413,7 +413,7 @@ def test_a_halt_by_https_is_kept_and_a_forged_one_is_refused(world: World, tmp_p
 
 
 def paths_of_council(state: Path) -> Any:
-    from fallow.trust.council_files import CouncilPaths
+    from fallow.trust.council.files import CouncilPaths
 
     return CouncilPaths(state)
 

@@ -13,15 +13,15 @@ from fallow.domain.errors import BusTimeout
 from fallow.domain.fleet import Subjects
 from fallow.fabric.memory_bus import MemoryBus, MemoryHub
 from fallow.system_clock import SystemClock
-from fallow.trust.charter_fetch import FolderFetcher
-from fallow.trust.council import Wanted, proposal, publication_of, sign
-from fallow.trust.council_files import CouncilPaths, member_of, read_base, signing_keys
-from fallow.trust.council_records import changes, record, seen
-from fallow.trust.halts import seal_halt
-from fallow.trust.journal import Kind, verify
+from fallow.trust.council.ceremonies import Wanted, proposal, publication_of, sign
+from fallow.trust.council.fetch import FolderFetcher
+from fallow.trust.council.files import CouncilPaths, member_of, read_base, signing_keys
+from fallow.trust.council.halts import seal_halt
+from fallow.trust.council.records import changes, record, seen
 from fallow.trust.keys import new_identity
 from fallow.trust.passports import PassportReader
-from fallow.trust.registrar_duties import RegistrarDuties
+from fallow.trust.registrar.duties import RegistrarDuties
+from fallow.trust.registrar.journal import Kind, verify
 from tests.unit.trust.registrar_world import World
 
 SUBJECTS = Subjects("home")
@@ -203,7 +203,7 @@ def test_what_the_council_decided_is_recorded_once_by_however_many(world: World)
 
 
 def test_a_published_model_is_recorded_by_name(world: World) -> None:
-    from fallow.trust.council_records import Listed, Seen
+    from fallow.trust.council.records import Listed, Seen
 
     before = seen(world.repository.in_force(), ())
     names = tuple(f"models/{index:064x}.json" for index in range(60))

@@ -4,7 +4,7 @@
     GET  /places                where the network can be reached now
     GET  /revocations           an envelope `fallow/revocations`, the newest list
     GET  /challenge             a nonce for one request
-    POST /requests              an envelope `fallow/request`; answered by JSON (`trust/requests.py`)
+    POST /requests              an envelope `fallow/request`; answered by JSON (`trust/registrar/requests.py`)
     GET  /tuf/…                 the council's repository, `halts.bin` among it; names that TUF uses and no others
     POST /halts                 an envelope `fallow/halt`
     POST /council/publish       a publication of the council or of a publisher; it carries its own proof
@@ -50,13 +50,13 @@ from fallow.domain.errors import (
 )
 from fallow.policy.rate_limit import KeyLimits, KeyUsage, Refused, admit, fresh_usage, released
 from fallow.policy.subscribers import subscriber_of
-from fallow.trust.halts import HALT_MAX_BYTES
-from fallow.trust.publication import PUBLICATION_MAX_BYTES, decode_publication
-from fallow.trust.registrar import Registrar
-from fallow.trust.registrar_state import read_places
-from fallow.trust.registrar_word import RegistrarWord
-from fallow.trust.repository import Repository
-from fallow.trust.requests import REQUEST_MAX_BYTES, Gone
+from fallow.trust.council.halts import HALT_MAX_BYTES
+from fallow.trust.council.publication import PUBLICATION_MAX_BYTES, decode_publication
+from fallow.trust.council.repository import Repository
+from fallow.trust.registrar.requests import REQUEST_MAX_BYTES, Gone
+from fallow.trust.registrar.service import Registrar
+from fallow.trust.registrar.state import read_places
+from fallow.trust.registrar.word import RegistrarWord
 
 BODY_TIMEOUT_S: Final = 15.0
 PUBLICATION_TIMEOUT_S: Final = 120.0

@@ -11,8 +11,8 @@ from typing import Any, Final
 import msgspec
 import sqlalchemy as sql
 
-from fallow.trust.journal import EMPTY, Entry, Head, Kind, entry_hash
-from fallow.trust.registry_db import journal
+from fallow.trust.registrar.database import journal
+from fallow.trust.registrar.journal import EMPTY, Entry, Head, Kind, entry_hash
 
 BODY_MAX_CHARS: Final = 16 * 1024
 PAGE_ENTRIES: Final = 500

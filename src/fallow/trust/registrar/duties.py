@@ -20,12 +20,12 @@ from fallow.domain.clock import Clock
 from fallow.domain.errors import FallowError, NotWorking, SignatureInvalid
 from fallow.domain.fleet import Subjects
 from fallow.fabric.contract import Bus, Subscription
-from fallow.trust.council_records import record, seen
-from fallow.trust.halts import HALT_MAX_BYTES, decode_halts
-from fallow.trust.registrar import Registrar
-from fallow.trust.registrar_word import RegistrarWord
-from fallow.trust.registry_db import RegistryDb
-from fallow.trust.repository import HALTS_FILE, Repository
+from fallow.trust.council.halts import HALT_MAX_BYTES, decode_halts
+from fallow.trust.council.records import record, seen
+from fallow.trust.council.repository import HALTS_FILE, Repository
+from fallow.trust.registrar.database import RegistryDb
+from fallow.trust.registrar.service import Registrar
+from fallow.trust.registrar.word import RegistrarWord
 
 LOOK_S: Final = 0.5
 LOOK_MIN_S: Final = 0.05

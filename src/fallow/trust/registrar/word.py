@@ -18,10 +18,10 @@ from fallow.fabric.broker_config import BusTrust
 from fallow.policy.bus_rights import BusRights, inbox
 from fallow.policy.enrolment import REVOCATION_KEPT_S
 from fallow.trust import jwt, passports
-from fallow.trust import registry_db as db
 from fallow.trust.certificates import server_certificate
 from fallow.trust.envelope import Kind, seal
-from fallow.trust.registrar_state import RegistrarState
+from fallow.trust.registrar import database as db
+from fallow.trust.registrar.state import RegistrarState
 
 REVOCATIONS_LISTED_MAX: Final = 1_000
 """On the list for everybody, newest first. The bus is told all of them."""

@@ -14,11 +14,11 @@ import msgspec
 
 from fallow.domain.charter import Halt
 from fallow.domain.ids import NodeId
-from fallow.trust import registry_db as db
-from fallow.trust.journal import Kind
-from fallow.trust.journal_db import append
-from fallow.trust.publication import InForce
-from fallow.trust.tuf_format import council_of, sha256
+from fallow.trust.council.publication import InForce
+from fallow.trust.council.tuf_format import council_of, sha256
+from fallow.trust.registrar import database as db
+from fallow.trust.registrar.journal import Kind
+from fallow.trust.registrar.journal_db import append
 
 NAMES_RECORDED_MAX: Final = 50
 POLICY_RECORDED_BYTES_MAX: Final = 8 * 1024

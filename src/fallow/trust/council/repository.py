@@ -29,11 +29,11 @@ from fallow.domain.charter import FleetPolicy, Halt
 from fallow.domain.errors import CharterUnavailable, NotWorking
 from fallow.domain.ids import NodeId
 from fallow.private_file import Sync, write_durably
-from fallow.trust import publication as publications
-from fallow.trust import tuf_format as tuf
-from fallow.trust.halts import HaltBook
+from fallow.trust.council import publication as publications
+from fallow.trust.council import tuf_format as tuf
+from fallow.trust.council.halts import HaltBook
+from fallow.trust.council.publication import InForce, Publication, Verified
 from fallow.trust.keys import Identity, load
-from fallow.trust.publication import InForce, Publication, Verified
 
 HALTS_FILE = "halts.bin"
 ONLINE_KEYS_MAX = 16

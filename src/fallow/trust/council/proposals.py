@@ -5,7 +5,7 @@ Rules
   built on, so that a member can check and sign it on a machine without any network.
 - What a member is shown comes from the documents that they sign, compared with a base that is verified from the
   network's first root on. A proposal brings no description of its own that could lie.
-- No file, no network, no clock, and nothing is signed here (`council.py`).
+- No file, no network, no clock, and nothing is signed here (`ceremonies.py`).
 """
 
 from collections.abc import Iterable, Mapping
@@ -16,7 +16,7 @@ from tuf.api.metadata import Metadata, Root, Snapshot, Targets, Timestamp
 from fallow.domain.charter import FleetPolicy
 from fallow.domain.errors import CharterInvalid
 from fallow.policy.council import Change, member_changes, policy_changes, why_policy_cannot_follow
-from fallow.trust import tuf_format as tuf
+from fallow.trust.council import tuf_format as tuf
 
 PROPOSAL_FORMAT = 1
 PROPOSAL_MAX_BYTES = 16 * 1024 * 1024

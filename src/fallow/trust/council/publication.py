@@ -16,7 +16,7 @@ from tuf.api.metadata import Metadata, Root, Snapshot, Targets
 from fallow.domain.charter import FleetPolicy
 from fallow.domain.errors import CharterInvalid
 from fallow.policy.council import why_no_quorum, why_policy_cannot_follow
-from fallow.trust import tuf_format as tuf
+from fallow.trust.council import tuf_format as tuf
 
 PUBLICATION_MAX_BYTES = 64 * 1024 * 1024
 FILES_MAX = 1024

@@ -24,15 +24,22 @@ from fallow.domain.charter import FleetPolicy
 from fallow.domain.errors import CharterInvalid, CharterUnavailable, ConfigError, SignatureInvalid
 from fallow.domain.ids import NodeId
 from fallow.private_file import write_durably
-from fallow.trust import tuf_format as tuf
-from fallow.trust.charter_fetch import FolderFetcher, RepositoryFetcher
-from fallow.trust.council import Members, Wanted, founding, is_young, publication_of, sign
-from fallow.trust.council import proposal as renewal
+from fallow.trust.council import tuf_format as tuf
+from fallow.trust.council.ceremonies import Members, Wanted, founding, is_young, publication_of, sign
+from fallow.trust.council.ceremonies import proposal as renewal
+from fallow.trust.council.fetch import FolderFetcher, RepositoryFetcher
+from fallow.trust.council.proposals import (
+    PROPOSAL_MAX_BYTES,
+    ROOTS_MAX,
+    Base,
+    Proposal,
+    first_root_payload,
+    verify_base,
+)
+from fallow.trust.council.publication import InForce
+from fallow.trust.council.repository import Repository
 from fallow.trust.envelope import Kind, seal, unseal
 from fallow.trust.keys import Identity, load, load_or_create
-from fallow.trust.proposals import PROPOSAL_MAX_BYTES, ROOTS_MAX, Base, Proposal, first_root_payload, verify_base
-from fallow.trust.publication import InForce
-from fallow.trust.repository import Repository
 
 INVITATION_PREFIX = "fallow-council-"
 MEMBER_PREFIX = "fallow-member-"

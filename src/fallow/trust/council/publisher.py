@@ -13,10 +13,10 @@ from tuf.api.metadata import Metadata, TargetFile, Targets
 
 from fallow.domain.errors import CharterInvalid, ConfigError
 from fallow.domain.ids import Digest
-from fallow.trust import tuf_format as tuf
-from fallow.trust.council_files import CouncilPaths
+from fallow.trust.council import tuf_format as tuf
+from fallow.trust.council.files import CouncilPaths
+from fallow.trust.council.publication import InForce, Publication
 from fallow.trust.keys import Identity, load
-from fallow.trust.publication import InForce, Publication
 
 
 def listing(state: InForce, role: str, files: dict[str, bytes], publisher: Identity, now_unix_s: float) -> Publication:

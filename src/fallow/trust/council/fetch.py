@@ -19,8 +19,8 @@ from tuf.ngclient import FetcherInterface
 
 from fallow.domain.errors import CharterInvalid, CharterUnavailable
 from fallow.domain.network import REGISTRAR_NAME
-from fallow.trust import tuf_format as tuf
 from fallow.trust.certificates import client_context
+from fallow.trust.council import tuf_format as tuf
 
 BASE = "repository:///"
 """Stands for the repository's folder, wherever it is. What a fetcher is asked for begins with it."""

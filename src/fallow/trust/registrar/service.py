@@ -41,15 +41,14 @@ from fallow.policy.enrolment import (
     may_move,
 )
 from fallow.trust import passports
-from fallow.trust import registry_db as db
-from fallow.trust.consent import NEEDED_FROM, digest_of, read_consent
 from fallow.trust.envelope import Kind as Envelopes
 from fallow.trust.envelope import unseal
-from fallow.trust.invitations import as_text, new_invitation, secret_hash, secret_matches
-from fallow.trust.journal import Entry, Head, Kind
-from fallow.trust.journal_db import append, read, read_head
-from fallow.trust.registrar_state import RegistrarState, read_places
-from fallow.trust.requests import (
+from fallow.trust.registrar import database as db
+from fallow.trust.registrar.consent import NEEDED_FROM, digest_of, read_consent
+from fallow.trust.registrar.invitations import as_text, new_invitation, secret_hash, secret_matches
+from fallow.trust.registrar.journal import Entry, Head, Kind
+from fallow.trust.registrar.journal_db import append, read, read_head
+from fallow.trust.registrar.requests import (
     CELL_PATTERN,
     NAME_PATTERN,
     NONCE_LIFE_S,
@@ -71,6 +70,7 @@ from fallow.trust.requests import (
     new_nonce,
     nonce_expiry,
 )
+from fallow.trust.registrar.state import RegistrarState, read_places
 
 REFUSALS_KEPT_PER_INVITATION: Final = 3
 KEPT_EVERY_S: Final = 3600.0

@@ -18,7 +18,7 @@ from fallow.domain.credentials import Role
 from fallow.domain.errors import RequestRefused
 from fallow.domain.fleet import Tier
 from fallow.domain.network import Places
-from fallow.trust.journal import Entry
+from fallow.trust.registrar.journal import Entry
 
 REQUEST_MAX_BYTES: Final = 64 * 1024
 NONCE_LIFE_S: Final = 60.0

@@ -40,9 +40,9 @@ from fallow.domain.errors import CharterInvalid, CharterUnavailable, SignatureIn
 from fallow.domain.ids import Digest, NodeId
 from fallow.policy.council import halt_holds, why_policy_cannot_follow
 from fallow.private_file import write_durably
-from fallow.trust import tuf_format as tuf
-from fallow.trust.charter_fetch import BASE, RepositoryFetcher
-from fallow.trust.halts import HALTS_FILE_MAX_BYTES, decode_halts
+from fallow.trust.council import tuf_format as tuf
+from fallow.trust.council.fetch import BASE, RepositoryFetcher
+from fallow.trust.council.halts import HALTS_FILE_MAX_BYTES, decode_halts
 
 HALTS_PATH = "halts.bin"
 LAST_POLICY = "last_policy.json"

@@ -5,7 +5,7 @@ Rules
   counts once, whatever comes together.
 - A change of the council renews the policy's signature in the same proposal, by the new council.
 - Whoever signs is shown what `proposals.review` says of it, never what somebody else says of it.
-- No file or network here (`council_files.py`, `repository.py`), and no clock: the time is passed in.
+- No file or network here (`files.py`, `repository.py`), and no clock: the time is passed in.
 """
 
 from collections.abc import Collection, Iterable, Mapping
@@ -28,10 +28,10 @@ from fallow.domain.charter import FleetPolicy
 from fallow.domain.errors import CharterInvalid
 from fallow.domain.ids import NodeId
 from fallow.policy.council import why_no_quorum, why_policy_cannot_follow
-from fallow.trust import tuf_format as tuf
+from fallow.trust.council import tuf_format as tuf
+from fallow.trust.council.proposals import Base, Documents, Proposal, parsed, review, verify_base
+from fallow.trust.council.publication import Publication
 from fallow.trust.keys import Identity
-from fallow.trust.proposals import Base, Documents, Proposal, parsed, review, verify_base
-from fallow.trust.publication import Publication
 
 Members = Mapping[NodeId, str]
 """Public keys, each with a name for people."""
