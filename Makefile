@@ -21,7 +21,8 @@ demo: $(VENV)/.installed  ## Three devices answer, one is killed, the answer goe
 	@$(BIN)/python -m fallow.demo
 
 test: $(VENV)/.installed  ## Run every test; what is skipped is listed with its reason
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest --ignore=tests/system -n logical --maxprocesses=8 --dist loadfile; first=$$?; \
+	$(BIN)/python -m pytest tests/system && exit $$first
 
 check: $(VENV)/.installed  ## Style, types and the rules about imports
 	@$(BIN)/ruff check .
