@@ -13,12 +13,17 @@ Contenders, all with the default model at 8 bits and one engine thread a device:
 Method: all services run throughout and idle between turns. A round runs every contender once, in an order drawn from a
 seed; a ratio is the median of the rounds' ratios, and above 1 means that the stack is faster than the bare engine.
 Decode speed is counted from the first token to the last, wall clock, so a busy machine blurs single rounds. Each API
-run has a key of its own, so that no kept cache helps. This process has the workers' environment.
+run has a key of its own, so that no kept cache helps. This process has the workers' environment, and reads events with
+`http.client`: the streams' client shares the cores with what is measured.
 
-Results: a table, and JSON in `benchmarks/results/stack.json`.
+After the rounds, eight streams once more: the processor time that each process takes for a token, prompts included.
+
+Results: tables, and JSON in `benchmarks/results/stack.json`.
 """
 
 import argparse
+import contextlib
+import http.client
 import json
 import os
 import random
@@ -29,9 +34,10 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from urllib.parse import urlsplit
 
-import httpx
 import numpy as np
+import psutil
 from rich.console import Console
 from rich.table import Table
 
@@ -53,6 +59,7 @@ RESULTS = Path(__file__).parent / "results" / "stack.json"
 PROMPT = "Write a long story about a lighthouse keeper, his dog and the sea."
 STREAMS = 8
 SEED = 1
+ONE_THREAD = "[node]\nthreads = 1\n\n"
 HALVES = "[placement]\nmax_share = 0.7\nreplicas = 1\n\n"
 """Each of two devices holds one half of the model's work, and no spare pieces."""
 TARGETS = {"one node": ("bare", 0.95), "two nodes": ("bare", 0.85), "two nodes x8": ("bare x8", 1.5)}
@@ -146,25 +153,38 @@ class Stack:
         }
         at_s: list[float] = []
         count = 0
-        with httpx.stream(
-            "POST",
-            f"{self._service.api_url}/v1/chat/completions",
-            json=body,
-            headers={"authorization": f"Bearer {key}"},
-            timeout=300,
-            trust_env=False,
-        ) as reply:
-            if reply.status_code != httpx.codes.OK:
+        connection = http.client.HTTPConnection(urlsplit(self._service.api_url).netloc, timeout=300)
+        headers = {"authorization": f"Bearer {key}", "content-type": "application/json"}
+        connection.request("POST", "/v1/chat/completions", json.dumps(body), headers)
+        with contextlib.closing(connection), connection.getresponse() as reply:
+            if reply.status != http.client.OK:
                 raise RuntimeError(reply.read().decode())
-            for line in reply.iter_lines():
-                if not line.startswith("data: {"):
+            for line in reply:
+                if not line.startswith(b"data: {"):
                     continue
-                event = json.loads(line.removeprefix("data: "))
+                event = json.loads(line.removeprefix(b"data: "))
                 if event["choices"] and event["choices"][0]["delta"].get("content"):
                     at_s.append(time.perf_counter())
                 elif event.get("usage"):
                     count = event["usage"]["completion_tokens"]
         return at_s[0], at_s[-1], count - 1
+
+
+def processor_ms(service: LocalService, run: Callable[[int, int], float], tokens: int) -> dict[str, float]:
+    """Processor time a token of eight streams, by kind of process. `client` is this one."""
+    kinds = {os.getpid(): "client", service.child_pid("gateway"): "gateway"}
+    for node in ("node-1", "node-2"):
+        agent, *inside = service.device_pids(node)
+        kinds |= {agent: "agents", **dict.fromkeys(inside, "workers")}
+    for process in psutil.Process(service.pid).children(recursive=True):
+        kinds.setdefault(process.pid, "the rest")
+    before = {pid: sum(psutil.Process(pid).cpu_times()[:2]) for pid in kinds}
+    run(STREAMS, tokens)
+    used_ms: dict[str, float] = dict.fromkeys(kinds.values(), 0.0)
+    for pid, kind in kinds.items():
+        used_s = sum(psutil.Process(pid).cpu_times()[:2]) - before[pid]
+        used_ms[kind] += 1000 * used_s / (STREAMS * tokens)
+    return used_ms
 
 
 def measure(contenders: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
@@ -188,7 +208,7 @@ def main() -> None:
     options = parser.parse_args()
     if HUGE_PAGES not in os.environ.get("GLIBC_TUNABLES", ""):
         os.execve(sys.executable, [sys.executable, *sys.argv], worker_environment())  # read when a process starts
-    runs = (options.rounds + 1) * (2 + STREAMS)
+    runs = (options.rounds + 1) * (2 + STREAMS) + STREAMS
     pairs = [new_key() for _ in range(2 * runs)]
     settings = "\n".join(
         f'[[gateway.keys]]\nid = "bench-{index}"\nsha256 = "{digest}"' for index, (_, digest) in enumerate(pairs)
@@ -200,9 +220,11 @@ def main() -> None:
         manifest = ensure_default_model(store)
         common = ["--memory", "2GiB"]
         with (
-            LocalService(root / "one", ["--nodes", "1", *common], store=root / "store", settings=settings) as one,
             LocalService(
-                root / "two", ["--nodes", "2", *common], store=root / "store", settings=HALVES + settings
+                root / "one", ["--nodes", "1", *common], store=root / "store", settings=ONE_THREAD + settings
+            ) as one,
+            LocalService(
+                root / "two", ["--nodes", "2", *common], store=root / "store", settings=ONE_THREAD + HALVES + settings
             ) as two,
         ):
             for service, nodes in ((one, 1), (two, 2)):
@@ -221,14 +243,15 @@ def main() -> None:
                 },
                 options.rounds,
             )
+            used_ms = processor_ms(two, two_nodes.run, options.tokens)
             holders = {
                 beat.name: [str(span) for hosted in beat.hosted for span in hosted.stage.spans()]
                 for beat in two.status().nodes
             }
-    report(figures, holders)
+    report(figures, holders, used_ms)
 
 
-def report(figures: dict[str, list[float]], holders: dict[str, list[str]]) -> None:
+def report(figures: dict[str, list[float]], holders: dict[str, list[str]], used_ms: dict[str, float]) -> None:
     table = Table("contender", "tokens/s, median", "against", "ratio, median", "target")
     ratios = {}
     for name, speeds in figures.items():
@@ -238,8 +261,13 @@ def report(figures: dict[str, list[float]], holders: dict[str, list[str]]) -> No
         ratio = f"{ratios[name]:.2f}" if base else ""
         table.add_row(name, f"{statistics.median(speeds):.1f}", base, ratio, f"{target:.2f}" if base else "")
     Console().print(table)
+    costs = Table("eight streams through two devices", "processor time a token, ms")
+    for kind, cost_ms in used_ms.items():
+        costs.add_row(kind, f"{cost_ms:.2f}")
+    Console().print(costs)
     RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps({"tokens_per_s": figures, "ratios": ratios, "two_nodes_hold": holders}, indent=2))
+    results = {"tokens_per_s": figures, "ratios": ratios, "two_nodes_hold": holders, "processor_ms": used_ms}
+    RESULTS.write_text(json.dumps(results, indent=2))
 
 
 if __name__ == "__main__":

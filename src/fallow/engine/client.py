@@ -3,7 +3,8 @@
 Rules
 - The worker is confined (`sandbox.py`): no network, nothing of this process's environment or descriptors, no files but
   libraries and the folders of models that were named here. What it says besides its answers goes into our log.
-- A request is a frame and a future; no task per step. What one call of the worker brings arrives in one read.
+- A request is a frame and a future; no task per step. What one call of the worker brings arrives in one read, and what
+  is asked in one pass of the event loop goes out in one write, so that steps that came together meet in one call.
 - The worker's death, hang or nonsense is one event: every waiting call gets `EngineLost`, `lost` is set, the process is
   killed, and `start` begins anew. Nothing else of it reaches the agent.
 - A worker hangs when it owes answers, has been silent for `hang_timeout_s`, and has neither used processor time nor
@@ -182,6 +183,7 @@ class _Worker(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self._waiting: dict[int, tuple[asyncio.Future[protocol.Done | Stepped], int]] = {}
         self._room: deque[asyncio.Future[None]] = deque()
+        self._outbox: list[protocol.Payload] = []
         self._outstanding_bytes = 0
         self._ticket = 0
         self._watch = Watch(settings, spawned.process_id)
@@ -213,16 +215,23 @@ class _Worker(asyncio.Protocol):
             raise EngineLost("the engine's worker process is gone")
         self._ticket += 1
         ticket = self._ticket
-        prefix, body = protocol.encode(request(ticket), payload)
+        encoded = protocol.encode(request(ticket), payload)
         answer: asyncio.Future[protocol.Done | Stepped] = self._loop.create_future()
         if not self._waiting:
             self._watch.begin(self._loop.time())
         self._waiting[ticket] = (answer, size)
         self._outstanding_bytes += size
-        self._transport.write(prefix + body if size else prefix)
+        if not self._outbox:
+            self._loop.call_soon(self._flush)
+        self._outbox += encoded
         if self._timer is None:
             self._timer = self._loop.call_later(CHECK_INTERVAL_S, self._check)
         return await answer
+
+    def _flush(self) -> None:
+        outbox, self._outbox = self._outbox, []
+        if self._transport is not None and not self.gone:
+            self._transport.writelines(outbox)
 
     async def close(self) -> None:
         """Kill the process and wait for its end."""

@@ -30,7 +30,8 @@ from fallow.engine.piece import HEAD_ROWS_MAX
 from fallow.engine.replay_check import replay_works
 from fallow.engine.runs import Rewind, Run, Session
 from fallow.engine.settings import EngineSettings
-from fallow.policy.batching import Turn, chunk_rows, decode_limit, next_turn
+from fallow.policy.batching import GATHER_S, Turn, chunk_rows, decode_limit, next_turn, patience_s
+from fallow.policy.fair_turns import FairTurns
 
 Array = NDArray[Any]
 REPLAY_CHUNK_ROWS = 64
@@ -49,9 +50,12 @@ class EngineCore:
         self._sessions: dict[SessionId, Session] = {}
         self._decoding: dict[SessionId, Session] = {}
         self._prefilling: deque[Session] = deque()
+        self._turns = FairTurns()
         self._previous = Turn.WAIT
         self._decoded_rows = 0
         self._decode_calls = 0
+        self._waits: tuple[Session, float] | None = None
+        """Whose row waits for its team, and since when."""
         self._replays = replay_works()
         self._outcomes: list[Outcome] = []
         self.guard = Guard(settings)
@@ -127,6 +131,8 @@ class EngineCore:
         if session is None:
             return
         self._decoding.pop(name, None)
+        session.hosted.teams.forget(name)
+        self._turns.forget(name)
         if session in self._prefilling:
             self._prefilling.remove(session)
         for waiting in session.queue:
@@ -242,31 +248,55 @@ class EngineCore:
         return outcomes
 
     def _decode(self) -> None:
-        """The next row of every session that has a decode step, model by model."""
+        """The next row of the sessions that decode together, model by model."""
         self._decode_calls += 1
         for hosted in self._models.values():
             ready = [session for session in self._decoding.values() if session.hosted is hosted]
             if ready:
-                self._decode_model(hosted, ready[: self._decode_limit(ready)])
+                self._decode_model(hosted, self._together(hosted, ready))
+
+    def _together(self, hosted: HostedModel, ready: list[Session]) -> list[Session]:
+        """Which of the sessions that are ready, all of one model, go into one call."""
+        entering = [session for session in ready if session.takes_tokens]
+        arrived = [session for session in ready if not session.takes_tokens]
+        chosen = {session.id for session in arrived[: self._decode_limit(arrived)]}
+        if entering:
+            names, groups = _teams_of(entering)
+            chosen.update(hosted.teams.whole(names, groups) or hosted.teams.part(names, groups))
+        return [session for session in ready if session.id in chosen]
 
     def _decode_limit(self, ready: list[Session]) -> int:
-        """How many of the sessions that are ready, all of one model, go into one call."""
+        """How many of the sessions that are ready behind the first stage, all of one model, go into one call."""
+        if not ready:
+            return 0
         groups = min(session.groups for session in ready)
         since = self._decode_calls - 2 * groups
         hosted = ready[0].hosted
         recent = sum(s.hosted is hosted and s.decode_call > max(since, 0) for s in self._sessions.values())
         return decode_limit(max(recent, len(ready)), groups)
 
-    @property
-    def expects_rows(self) -> bool:
-        """Whether the next decode call would go without rows that are probably on their way: of the sessions that the
-        previous stage computed together, one after the other arrives."""
+    def gather_s(self, now_s: float) -> float:
+        """How long to wait for rows that belong into the next decode call and are probably on their way; 0 for not at
+        all. Ask again when some have come."""
         ready = list(self._decoding.values())
-        return bool(ready) and not self._prefilling and len(ready) < self._decode_limit(ready)
+        if not ready or self._prefilling:
+            return 0.0
+        if not all(session.takes_tokens for session in ready):
+            return GATHER_S if len(ready) < self._decode_limit(ready) else 0.0
+        for hosted in {id(session.hosted): session.hosted for session in ready}.values():
+            if hosted.teams.whole(*_teams_of([session for session in ready if session.hosted is hosted])):
+                return 0.0
+        oldest = ready[0]
+        if self._waits is None or self._waits[0] is not oldest:
+            self._waits = oldest, now_s
+        row_s = oldest.hosted.speed().layer_s_1 * oldest.span.layer_count
+        return max(0.0, self._waits[1] + patience_s(row_s) - now_s)
 
     def _decode_model(self, hosted: HostedModel, sessions: list[Session]) -> None:
         started_s = time.perf_counter()
         runs = [_current(session) for session in sessions]
+        if self._waits is not None and self._waits[0] in sessions:
+            self._waits = None
         for session in sessions:
             session.decode_call = self._decode_calls
             self._decoding[session.id] = self._decoding.pop(session.id)  # whoever is not done goes to the end
@@ -295,8 +325,9 @@ class EngineCore:
                     session.slot = moved.get(session.slot, session.slot)
 
     def _prefill(self) -> None:
-        """One chunk of a prompt, or of a cache that is rebuilt, of the session that has waited longest."""
-        session = self._prefilling.popleft()
+        """One chunk of a prompt, or of a cache that is rebuilt."""
+        session = self._sessions[self._turns.next(waiting.id for waiting in self._prefilling)]
+        self._prefilling.remove(session)
         run = _current(session)
         assert run.rows is not None
         started_s = time.perf_counter()
@@ -307,6 +338,7 @@ class EngineCore:
         if leaving is not None and session.has_head:
             first = max(0, run.step.logits_from - session.position)
             _add_logits(session.hosted, [(run, row) for row in leaving[first:]])
+        self._turns.took(session.id, count * session.span.layer_count)
         self._account(session, run, time.perf_counter() - started_s, leaving)
         if session.queue and session.queue[0] is run:
             self._prefilling.append(session)
@@ -330,6 +362,11 @@ class EngineCore:
         self._decoding.pop(session.id, None)
         session.queue.popleft()
         self._advance(session)
+
+
+def _teams_of(sessions: list[Session]) -> tuple[list[SessionId], int]:
+    """Sessions whose tokens enter a model here, and how many teams they are to be."""
+    return [session.id for session in sessions], min(session.groups for session in sessions)
 
 
 def _current(session: Session) -> Run:

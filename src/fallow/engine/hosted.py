@@ -27,6 +27,7 @@ from fallow.engine.replay import can_map
 from fallow.engine.settings import EngineSettings
 from fallow.engine.weights import Embedding, Files, kv_bytes_per_token, piece_weights
 from fallow.policy.batching import Swap, Window, decode_windows, plan_swap, waste
+from fallow.policy.decode_teams import DecodeTeams
 
 SPEED_BATCHES = (1, 4, 8)
 SPEED_POSITION = 128
@@ -58,6 +59,7 @@ class HostedModel:
         self.max_len = slot_length(self.config.context_length, settings.max_session_tokens)
         self.max_tokens = min(self.config.context_length, settings.max_session_tokens)
         self.slots = Slots(settings.slots_max)
+        self.teams = DecodeTeams()
         self.lengths = np.zeros(settings.slots_max, np.int64)
         self.replays = replays and can_map(self.config.kv_head_count, self.config.head_dim, settings.threads)
         """Whether `replay` can be used; decode rows of one session are computed one by one otherwise."""

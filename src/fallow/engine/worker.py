@@ -32,9 +32,7 @@ from fallow.engine.settings import EngineSettings
 
 RECEIVE_BYTES = 1 << 20
 SOCKET_BUFFER_BYTES = 4 << 20
-GATHER_S = 0.002
-"""How long the next of some rows that belong together may take: a gateway needs about 1 ms a token."""
-GATHER_WAITS_MAX = 16
+GATHER_WAITS_MAX = 64
 CALM_S = 1.0
 """Without a step for so long, nobody is in the middle of an answer."""
 PR_SET_PDEATHSIG = 1
@@ -106,7 +104,8 @@ class _Worker:
     def _gather(self) -> bool:
         """Wait a moment for rows that belong into the next call: a second call costs far more. As `_receive`."""
         for _ in range(GATHER_WAITS_MAX):
-            if not self._core.expects_rows or not select.select([self._agent], [], [], GATHER_S)[0]:
+            wait_s = self._core.gather_s(time.monotonic())
+            if not wait_s or not select.select([self._agent], [], [], wait_s)[0]:
                 return True
             try:
                 received = self._agent.recv(RECEIVE_BYTES)

@@ -10,6 +10,8 @@ Rules
 - Both sides prove their ids before the first frame (`local_handshake.py`), so that one local process cannot claim
   another's id by mistake or malice. On Linux the kernel is asked for the peer's user as well.
 - The endpoint's address is `unix:` and the socket's path. Sockets that an earlier run left behind are removed.
+- Frames that are sent in one pass of the event loop go out in one write: what was computed together arrives together,
+  and wakes its receiver once.
 - Not on Windows, which has no such sockets in asyncio: `supported()` says so.
 """
 
@@ -40,7 +42,7 @@ MAX_HANDSHAKES: Final = 64
 READ_BYTES: Final = 64 * 1024
 MAX_SOCKET_PATH_BYTES: Final = 100
 JOIN_BYTES: Final = 64 * 1024
-"""Payloads up to this are joined with their header, for one system call instead of two."""
+"""So much waits for the end of a pass, to be joined; more is written at once."""
 
 log = logging.getLogger(__name__)
 
@@ -206,13 +208,15 @@ class _Opening(asyncio.Protocol):
 
 
 class LocalLink(LinkCore, asyncio.BufferedProtocol):
-    """One connection. asyncio's transport holds what is unsent."""
+    """One connection. asyncio's transport holds what is unsent, but for what waits for the end of this pass."""
 
     def __init__(self, peer: NodeId, transport: asyncio.Transport) -> None:
         super().__init__(peer)
         self._transport = transport
         self._lost: asyncio.Future[None] = self._loop.create_future()
         self._full = False
+        self._joining: list[Buffer] = []
+        self._joining_bytes = 0
         self._read_buffer = memoryview(bytearray(READ_BYTES))
         # `post` refuses from LINK_WINDOW_BYTES on, so the transport must pause, and later resume, from there on.
         transport.set_write_buffer_limits(high=LINK_WINDOW_BYTES - 1, low=LINK_WINDOW_BYTES // 2)
@@ -244,15 +248,23 @@ class LocalLink(LinkCore, asyncio.BufferedProtocol):
     # --- LinkCore's side ---
 
     def _write(self, head: bytes, payload: Buffer) -> None:
-        if len(payload) <= JOIN_BYTES:
-            self._transport.write(b"".join((head, payload)))
-        else:
-            self._transport.write(head)
-            self._transport.write(payload)
+        if not self._joining:
+            self._loop.call_soon(self._write_joined)
+        self._joining += (head, payload)
+        self._joining_bytes += len(head) + len(payload)
+        if self._joining_bytes > JOIN_BYTES:
+            self._write_joined()
+
+    def _write_joined(self) -> None:
+        """Hand what waits to the transport. Idempotent."""
+        joining, self._joining, self._joining_bytes = self._joining, [], 0
+        if joining and not self._transport.is_closing():
+            self._transport.writelines(joining)
+            self._room()
 
     def _unsent_bytes(self) -> int:
         # Full until the transport says otherwise, so that `post` and a waiting `send` agree.
-        return LINK_WINDOW_BYTES if self._full else self._transport.get_write_buffer_size()
+        return LINK_WINDOW_BYTES if self._full else self._transport.get_write_buffer_size() + self._joining_bytes
 
     def _hold_reading(self) -> None:
         self._transport.pause_reading()
@@ -261,6 +273,7 @@ class LocalLink(LinkCore, asyncio.BufferedProtocol):
         self._transport.resume_reading()
 
     async def _finish(self) -> None:
+        self._write_joined()
         self._transport.close()
         await self._lost
 

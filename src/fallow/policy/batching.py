@@ -16,8 +16,8 @@ GAP_PADS_MAX = 3
 """Pads that are cheaper than another call: `GAP_PADS_MAX * ROW_COST < CALL_COST`."""
 BUSY_CHUNK_ROWS = 32
 """Rows of a prefill chunk while others decode: they wait a quarter of the time, at 10 % of the prefill's speed."""
-
-
+GATHER_S = 0.002
+"""How long the next of some rows that belong together may take: a gateway needs about 1 ms a token."""
 SWAP_COST_PER_TOKEN = 0.001
 """Moving one token's keys and values, all layers of it: 0.0005 between slots in use, 0.002 into fresh memory."""
 
@@ -66,6 +66,12 @@ def decode_groups(share: float) -> int:
 def decode_limit(active: int, groups: int) -> int:
     """How many of `active` decoding sessions one call takes."""
     return max(1, -(-active // groups))
+
+
+def patience_s(row_s: float) -> float:
+    """How long a team (`decode_teams.py`) waits for those who miss, where a call of one row takes `row_s`: as long as
+    their own call would take without them. In vain it is at worst twice as dear as knowing (the ski rental rule)."""
+    return max(GATHER_S, CALL_COST * row_s)
 
 
 def decode_windows(slots: Sequence[int], rows_max: int) -> tuple[Window, ...]:
