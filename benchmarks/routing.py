@@ -51,8 +51,9 @@ from fallow.domain.model import Span, StageSpec
 from fallow.policy.flow import throughput_of_sets
 from fallow.policy.placement import place
 from fallow.policy.placement_inputs import ModelNeed, NodeRoom
-from fallow.policy.routing import Carrier, ModelShape, RoutingRules, kv_bytes, layers_per_s
+from fallow.policy.routing import Carrier, ModelShape, RoutingRules, kv_bytes
 from fallow.policy.routing_flow import runs_of
+from fallow.policy.speed import layers_per_s
 from fallow.simulator.cell_model import MODEL, Asked, CellModel, Machine, Seen
 
 RESULTS = Path(__file__).parent / "results" / "routing.json"

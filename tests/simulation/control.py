@@ -165,7 +165,7 @@ class Gateway:
 
     def _on_frame(self, peer: NodeId, frame: Frame) -> None:
         for chain in self._chains:
-            if getattr(frame.header, "session", None) == chain.session:
+            if getattr(frame.header, "session", None) in {name for _, name in chain.stages()}:
                 chain.on_frame(peer, frame)
 
     def _on_lost(self, peer: NodeId, reason: str) -> None:

@@ -138,7 +138,7 @@ class Fleet:
 
     def _on_frame(self, peer: NodeId, frame: Frame) -> None:
         for chain in self.chains:
-            if getattr(frame.header, "session", None) == chain.session:
+            if getattr(frame.header, "session", None) in {name for _, name in chain.stages()}:
                 chain.on_frame(peer, frame)
         for listener in self.listeners:
             listener.on_frame(peer, frame)

@@ -7,12 +7,14 @@ case is enumerated; the Hypothesis test below draws fault times and keeps its fa
 
 import asyncio
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fallow.domain.errors import NoRoute
+from fallow.domain.fleet import Hop
 from fallow.domain.frames import Phase
 from fallow.domain.model import Span
 from fallow.gateway.chain import REPAIR_TIMEOUT_S
@@ -245,3 +247,27 @@ def test_a_device_that_was_away_during_a_rewind_does_not_bring_back_what_was_cut
 
     reused, fresh = run_virtual(program())
     assert reused == fresh
+
+
+def test_news_of_a_loss_that_the_new_chain_has_left_behind_costs_no_second_attempt() -> None:
+    """The predecessor tells of the loss first; the gateway's own link breaks while it asks for the new chain."""
+
+    class SlowRouter(Fleet):
+        async def route(self, *asked: Any) -> tuple[Hop, ...]:  # type: ignore[override]
+            await asyncio.sleep(0.02)
+            for node in self.nodes:
+                if not node.alive:
+                    self._on_lost(node.id, "its link broke as well")
+            return await super().route(*asked)
+
+    async def program() -> tuple[list[int], int, bool]:
+        fleet = SlowRouter()
+        await fleet.start(*THREE_AND_SPARES)
+        chain = fleet.chain()
+        task = asyncio.create_task(generate(chain, PROMPT, COUNT))
+        while len(chain.tokens) < len(PROMPT) + 5:
+            await asyncio.sleep(0.001)
+        fleet.nodes[1].kill()
+        return await task, chain.repairs, any("no chain yet" in event for event in fleet.events)
+
+    assert run_virtual(program()) == (undisturbed(), 1, False)

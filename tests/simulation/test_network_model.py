@@ -13,9 +13,11 @@ from hypothesis import strategies as st
 
 from fallow.domain.frames import Chunk, FetchChunk, Frame, PeerAddress, Phase, Rows
 from fallow.domain.ids import Digest, NodeId, SessionId
+from fallow.fabric.memory import MemoryLink
 from fallow.fabric.memory_bus import Message
 from fallow.fabric.peers import Peers
 from fallow.simulator.disk import TRANSFER_BYTES
+from fallow.simulator.line import Uplink
 from fallow.simulator.network import WATCH, SimulatedClock, SimulatedHub, SimulatedNetwork, Site
 from fallow.simulator.scenario import Network
 from fallow.simulator.streams import Streams
@@ -56,18 +58,33 @@ def rows(count: int, position: int = 0) -> Frame:
     return Frame(header, bytes(8 * count))
 
 
-async def linked(network: SimulatedNetwork, a: NodeId = A, b: NodeId = B) -> tuple[object, object]:
-    near, far = network.endpoint(a), network.endpoint(b)
-    link = await near.connect(far.address)
-    return link, await anext(far.accept())
+async def linked(
+    network: SimulatedNetwork, a: NodeId = A, b: NodeId = B, near: MemoryLink | None = None
+) -> tuple[MemoryLink, MemoryLink]:
+    """Both ends of a new link; `near` is one that the dialling endpoint has already."""
+    far = network.endpoint(b)
+    link = await (network.endpoint(a).connect(far.address) if near is None else network.dial(a, b))
+    other = await anext(far.accept())
+    assert isinstance(other, MemoryLink)
+    return link, other
+
+
+async def took_s(one: MemoryLink, other: MemoryLink, frame: Frame | FetchChunk) -> float:
+    """Until a frame that is sent now has come, and whatever was before it on the link."""
+    frame = frame if isinstance(frame, Frame) else Frame(frame)
+    began_s = asyncio.get_running_loop().time()
+    await one.send(frame)
+    while (await other.receive()).header != frame.header:
+        pass
+    return asyncio.get_running_loop().time() - began_s
 
 
 def test_activations_take_the_senders_uplink_and_the_way() -> None:
     async def test(network: SimulatedNetwork) -> tuple[float, float]:
         one, other = await linked(network)
         began_s = asyncio.get_running_loop().time()
-        await one.send(rows(64))  # type: ignore[attr-defined]
-        await other.receive()  # type: ignore[attr-defined]
+        await one.send(rows(64))
+        await other.receive()
         return asyncio.get_running_loop().time() - began_s, network.latency_s(A, B)
 
     took_s, way_s = with_network(test, a=site(), b=site())
@@ -79,8 +96,8 @@ def test_frames_queue_behind_each_other_and_stay_in_order() -> None:
         one, other = await linked(network)
         began_s = asyncio.get_running_loop().time()
         for index in range(5):
-            await one.send(rows(10, index))  # type: ignore[attr-defined]
-        came = [(await other.receive()).header.position for _ in range(5)]  # type: ignore[attr-defined]
+            await one.send(rows(10, index))
+        came = [(await other.receive()).header.position for _ in range(5)]
         return came, asyncio.get_running_loop().time() - began_s
 
     came, took_s = with_network(test, Network(jitter_share=0.5, loss=0.2), a=site(), b=site())
@@ -92,26 +109,80 @@ def test_frames_queue_behind_each_other_and_stay_in_order() -> None:
 @given(st.integers(0, 1 << 32))
 def test_jitter_and_loss_only_ever_delay(seed: int) -> None:
     async def test(network: SimulatedNetwork) -> tuple[float, float]:
-        began_s = asyncio.get_running_loop().time()
-        took_s = network.passage_s(A, B, 100_000, began_s)
-        return took_s, network.latency_s(A, B)
+        one, other = await linked(network)
+        return await took_s(one, other, rows(12)), network.latency_s(A, B)
 
-    took_s, way_s = with_network(test, Network(jitter_share=0.5, loss=0.1), seed, a=site(), b=site())
-    assert took_s >= 100_000 / 1e6 + way_s
+    passed_s, way_s = with_network(test, Network(jitter_share=0.5, loss=0.1), seed, a=site(), b=site())
+    assert passed_s >= 12 * ROW_BYTES / 1e6 + way_s
+
+
+def test_links_share_an_uplink_and_nothing_waits_for_another_links_rows() -> None:
+    async def test(network: SimulatedNetwork) -> list[float]:
+        bulky, _ = await linked(network)
+        other, far = await linked(network, A, C, near=bulky)
+        alone_s = await took_s(other, far, FetchChunk(digest=Digest("0" * 64), index=0))
+        for index in range(8):
+            await bulky.send(rows(64, index))
+        few_s = await took_s(other, far, FetchChunk(digest=Digest("0" * 64), index=0))
+        many_s = await took_s(other, far, rows(10))
+        behind_s = await took_s(bulky, bulky.other, rows(1, 9))
+        return [alone_s, few_s, many_s - network.latency_s(A, C), behind_s]
+
+    alone_s, few_s, many_s, behind_s = with_network(test, a=site(), b=site(), c=site())
+    assert few_s < alone_s + 0.001, "control does not wait for what other links send"
+    assert many_s == pytest.approx(2 * 10 * ROW_BYTES / 1e6, rel=0.05), "half of the line"
+    assert behind_s > 3.0, "but on one link all is in order"
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(1, 200_000), st.floats(0, 1)), min_size=1, max_size=30))
+def test_an_uplink_loses_no_time_and_keeps_each_links_order(sent: list[tuple[int, int, float]]) -> None:
+    async def test() -> tuple[list[tuple[float, int, int]], float]:
+        loop = asyncio.get_running_loop()
+        left: list[tuple[float, int, int]] = []
+        uplink: Uplink[int, int] = Uplink(lambda _: 1e5, lambda flow, piece: left.append((loop.time(), flow, piece)))
+        busy_until_s = 0.0
+        for number, (flow, size, after_s) in enumerate(sent):
+            await asyncio.sleep(after_s)
+            busy_until_s = max(busy_until_s, loop.time()) + size / 1e5
+            uplink.enter(flow, number, size)
+        await asyncio.sleep(1000.0)
+        assert uplink.flow_count == 0
+        return left, busy_until_s
+
+    left, busy_until_s = run_virtual(test())
+    assert sorted(piece for _, _, piece in left) == list(range(len(sent)))
+    assert left[-1][0] == pytest.approx(busy_until_s)
+    for flow in range(4):
+        pieces = [piece for _, of, piece in left if of == flow]
+        assert pieces == sorted(pieces)
+
+
+def test_what_an_ended_link_had_to_send_takes_no_time_of_others() -> None:
+    async def test(network: SimulatedNetwork) -> float:
+        bulky, _ = await linked(network)
+        other, far = await linked(network, A, C, near=bulky)
+        for index in range(8):
+            await bulky.send(rows(64, index))
+        bulky.abort("over")
+        return await took_s(other, far, rows(10)) - network.latency_s(A, C)
+
+    assert with_network(test, a=site(), b=site(), c=site()) == pytest.approx(10 * ROW_BYTES / 1e6, rel=0.05)
 
 
 def test_a_model_file_takes_its_declared_size_and_halves_what_passes_beside_it() -> None:
     async def test(network: SimulatedNetwork) -> tuple[float, float]:
         one, other = await linked(network)
         began_s = asyncio.get_running_loop().time()
-        await one.send(Frame(Chunk(digest=Digest("0" * 64), index=0, found=True), b"tiny"))  # type: ignore[attr-defined]
-        beside_s = network.passage_s(A, C, 100_000, began_s)
-        await other.receive()  # type: ignore[attr-defined]
+        await one.send(Frame(Chunk(digest=Digest("0" * 64), index=0, found=True), b"tiny"))
+        beside, far = await linked(network, A, C, near=one)
+        beside_s = await took_s(beside, far, rows(12))
+        await other.receive()
         return asyncio.get_running_loop().time() - began_s, beside_s - network.latency_s(A, C)
 
-    took_s, beside_s = with_network(test, a=site(), b=site(), c=site())
-    assert took_s == pytest.approx(TRANSFER_BYTES / 1e6, rel=0.02)
-    assert beside_s == pytest.approx(2 * 100_000 / 1e6)
+    passed_s, beside_s = with_network(test, a=site(), b=site(), c=site())
+    assert passed_s == pytest.approx(TRANSFER_BYTES / 1e6, rel=0.02)
+    assert beside_s == pytest.approx(2 * 12 * ROW_BYTES / 1e6, rel=0.02)
 
 
 def test_regions_and_relays_make_the_way_longer() -> None:
@@ -141,10 +212,10 @@ def test_a_cut_region_is_silent_and_what_was_held_comes_after_it() -> None:
         one, other = await linked(network)
         network.cut_region("far")
         assert network.bus_delay_s(B, C) is None
-        await one.send(rows(1))  # type: ignore[attr-defined]
+        await one.send(rows(1))
         began_s = asyncio.get_running_loop().time()
         asyncio.get_running_loop().call_later(3.0, network.heal_region, "far")
-        await other.receive()  # type: ignore[attr-defined]
+        await other.receive()
         waited_s = asyncio.get_running_loop().time() - began_s
         return waited_s, network.bus_delay_s(B, C), network.bus_delay_s(A, C)
 
@@ -202,7 +273,7 @@ def test_silence_is_noticed_as_in_the_product_and_a_death_at_once(silent: bool) 
 def test_requests_for_files_are_small() -> None:
     async def test(network: SimulatedNetwork) -> int:
         one, _ = await linked(network)
-        await one.send(Frame(FetchChunk(digest=Digest("0" * 64), index=0)))  # type: ignore[attr-defined]
+        await one.send(Frame(FetchChunk(digest=Digest("0" * 64), index=0)))
         return network.bytes_carried
 
     assert with_network(test, a=site(), b=site()) < 200

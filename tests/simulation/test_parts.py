@@ -17,6 +17,7 @@ from fallow.domain.ids import SessionId
 from fallow.domain.model import Span, StageSpec
 from fallow.engine.contract import Step
 from fallow.engine.memory import next_row
+from fallow.policy.batching import BUSY_CHUNK_ROWS
 from fallow.simulator.disk import SimulatedDisk
 from fallow.simulator.engine_model import BATCH_COST, SimulatedEngine, batch_cost, weights_bytes
 from fallow.simulator.gateways import Outcome, Telling, Turn
@@ -119,7 +120,7 @@ def test_batches_cost_what_was_measured_and_more_rows_cost_more() -> None:
     assert all(cost <= rows for rows, cost in enumerate(costs, 1))
 
 
-def test_a_call_takes_all_decode_rows_and_one_chunk_of_prefill() -> None:
+def test_calls_take_turns_between_all_decode_rows_and_one_chunk() -> None:
     async def program() -> tuple[list[int], float]:
         model = msgspec.structs.replace(MODEL, head_bytes=0)
         built = build(model)
@@ -146,8 +147,10 @@ def test_a_call_takes_all_decode_rows_and_one_chunk_of_prefill() -> None:
         return order, asyncio.get_running_loop().time() - began_s
 
     order, took_s = run_virtual(program())
-    assert set(order[:3]) == {1, 3, 4} and order[3] == 2
-    assert took_s == pytest.approx(0.04 * (batch_cost(130) + batch_cost(128)))
+    assert set(order[:2]) == {3, 4}, "decode rows go first"
+    assert order[2:] == [2, 1], "who has had a chunk already waits for who had none"
+    chunks = (BUSY_CHUNK_ROWS, 128, 128 - BUSY_CHUNK_ROWS)
+    assert took_s == pytest.approx(0.04 * (batch_cost(2) + sum(map(batch_cost, chunks))))
 
 
 def test_weights_are_the_scenarios() -> None:

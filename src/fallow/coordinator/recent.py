@@ -50,15 +50,20 @@ class RecentRoutes:
         self._count = 0
 
     def add(self, request: RouteRequest, hops: Iterable[Hop], shape: ModelShape, now_s: float) -> None:
-        """Remember a chain that was given out. Kept hops hold the session already."""
-        kept = {hop.address.node for hop in request.keep}
+        """Remember a chain that was given out. Kept hops hold the session already; a further stage on the device of one
+        takes room of its own."""
+        kept = {(hop.address.node, hop.visit) for hop in request.keep}
         for hop in hops:
             name = hop.address.node
-            if name in kept or self._count >= PROMISES_MAX:
+            if (name, hop.visit) in kept or self._count >= PROMISES_MAX:
                 continue
             node = self._nodes.setdefault(name, _Node())
-            self._count += request.session not in node.by_session
-            node.promise(request.session, _Promise(kv_bytes(hop.span, request.reserve_tokens, shape), now_s))
+            before = node.by_session.get(request.session)
+            self._count += before is None
+            room = kv_bytes(hop.span, request.reserve_tokens, shape)
+            if hop.visit and before is not None:
+                room += before.kv_bytes
+            node.promise(request.session, _Promise(room, now_s))
 
     def settle(self, node: NodeId, now_s: float) -> None:
         """A heartbeat came: promises that are old enough are in it, or were never taken up."""

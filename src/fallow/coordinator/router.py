@@ -5,7 +5,8 @@ Rules
 - A new session of such a model gets the best of a few drawn chains (`policy/routing_choice.py`), by draws seeded with
   the session: equal states give equal chains. Where no drawn chain has room, the best carriers of every edge are
   looked at. A repair, a small cell and one not weighed yet are searched exactly (`policy/routing.py`).
-- A chain that was given out counts against its carriers until their heartbeats show it.
+- A chain that was given out counts against its carriers until their heartbeats show it, and a repair for as long as it
+  is thought to take (`rebuilds.py`).
 
 It does no I/O and reads no clock.
 """
@@ -14,6 +15,7 @@ import random
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from fallow.coordinator.rebuilds import PromisedRebuilds
 from fallow.coordinator.recent import RecentRoutes
 from fallow.domain.fleet import Hop, RouteReply, RouteRequest
 from fallow.domain.ids import Digest, NodeId
@@ -45,6 +47,7 @@ class Router:
     def __init__(self, rules: RoutingRules, heartbeat_interval_s: float) -> None:
         self._rules = rules
         self._recent = RecentRoutes(min(heartbeat_interval_s, SETTLE_MAX_S))
+        self._rebuilds = PromisedRebuilds()
         self._weights: dict[Digest, Weights] = {}
         self._refused: dict[Digest, _Refused] = {}
         self._visits: dict[Digest, dict[NodeId, float]] = {}
@@ -59,6 +62,7 @@ class Router:
     def forget(self, node: NodeId) -> None:
         """`node` is gone."""
         self._recent.forget(node)
+        self._rebuilds.forget(node)
 
     def refresh(self, models: Mapping[Digest, tuple[ModelShape, Mapping[NodeId, Carrier]]]) -> None:
         """Weigh every model that has many carriers; forget the others. 10 to 40 ms a model."""
@@ -86,16 +90,25 @@ class Router:
         """A chain for a session by what is known now, or why there is none."""
         weights = self._weights.get(request.model)
         if weights is None or request.keep or request.rebuild_tokens or len(carriers) <= self._rules.exact_carriers_max:
-            reply = route(request, shape, self._loaded(request, carriers), self._rules)
+            loaded = self._loaded(request, carriers, now_s)
+            reply = route(request, shape, loaded, self._rules)
+            if request.rebuild_tokens and reply.hops:
+                by_node = {carrier.node: carrier for carrier in loaded}
+                self._rebuilds.note(request, reply.hops, shape, by_node, self._rules, now_s)
         else:
             reply = self._drawn(request, shape, carriers, weights, now_s)
         if reply.hops:
+            if not request.rebuild_tokens:
+                self._rebuilds.note_prompt(request, reply.hops, shape, carriers, self._rules, now_s)
             self._recent.add(request, reply.hops, shape, now_s)
             self._note_visits(request.model, reply.hops, shape)
         return reply
 
-    def _loaded(self, request: RouteRequest, carriers: Mapping[NodeId, Carrier]) -> list[Carrier]:
-        return self._recent.loaded(tuple(carriers.values()), request.session)
+    def _loaded(self, request: RouteRequest, carriers: Mapping[NodeId, Carrier], now_s: float) -> list[Carrier]:
+        loaded = self._recent.loaded(tuple(carriers.values()), request.session)
+        if not request.rebuild_tokens:
+            return loaded
+        return self._rebuilds.loaded(loaded, self._visits.get(request.model, {}), now_s)
 
     def _drawn(
         self,
@@ -116,7 +129,7 @@ class Router:
         hops = choose_widely(request, shape, carriers, promised, weights, self._rules)
         if hops is not None:
             return RouteReply(hops=hops)
-        reply = refusal(request, shape, self._loaded(request, carriers), self._rules)
+        reply = refusal(request, shape, self._loaded(request, carriers, now_s), self._rules)
         if not request.exclude:
             self._refused[request.model] = _Refused(reply, request.reserve_tokens, now_s)
         return reply

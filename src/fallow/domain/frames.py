@@ -156,6 +156,8 @@ class Flow(Header, frozen=True, kw_only=True, tag="flow"):
     """The stage that rows come from; `None` for the first, which the gateway feeds."""
     next: PeerAddress | None
     """The following stage; `None` for the last stage, which answers the gateway that sent this."""
+    next_session: SessionId | None = None
+    """The session's name there (`domain.ids.at_visit`); `None` when it is the same."""
     forward_from: int
     results_from: int
     """Where the gateway's results end: resent rows below need no logits again."""

@@ -13,3 +13,19 @@ Digest = NewType("Digest", str)
 
 ModelName = NewType("ModelName", str)
 """What people and API clients call a model, for example `smollm2-135m-instruct`."""
+
+VISITS_MAX = 16
+"""Stages that one session may have on one device; a hex digit tells them apart."""
+
+
+def at_visit(session: SessionId, visit: int) -> SessionId:
+    """The name under which a device holds a session's stage, when the session's chain comes to it again (`Hop.visit`).
+
+    Visits have different names, and the 0th has the session's own; `at_visit(at_visit(name, visit), visit)` is `name`.
+    """
+    return SessionId(f"{int(session[0], 16) ^ visit:x}{session[1:]}") if visit else session
+
+
+def same_conversation(one: SessionId, other: SessionId) -> bool:
+    """Whether two names are one session's, of whichever visits."""
+    return one[1:] == other[1:]

@@ -129,6 +129,7 @@ _FIELDS: Final[dict[str, Check]] = {
     "flowed_epoch": _within(0, MAX_EPOCH),
     "previous": _optional(_node),
     "next": _optional(_address),
+    "next_session": _optional(_hex(32)),
     "forward_from": _position,
     "results_from": _position,
     "rewind_to": _optional(_position),

@@ -143,6 +143,19 @@ class MemoryEndpoint:
         self.accepted.close()
 
 
+class Piece:
+    """Bytes under way."""
+
+    __slots__ = ("data", "due_s", "size_bytes")
+
+    def __init__(self, due_s: float, data: bytes | None, size_bytes: int) -> None:
+        self.due_s = due_s
+        self.data = data
+        """`None` is the end of the stream."""
+        self.size_bytes = size_bytes
+        """How many they count for."""
+
+
 class MemoryLink(LinkCore):
     """One end of a pair. Bytes wait in the sender's pipe until they are due and the receiver takes them."""
 
@@ -152,8 +165,7 @@ class MemoryLink(LinkCore):
         super().__init__(there)
         self.here = here
         self._fabric = fabric
-        self._pipe: deque[tuple[float, bytes | None, int]] = deque()
-        """Due time, bytes (`None` is the end of the stream), and how many they count for."""
+        self._pipe: deque[Piece] = deque()
         self._pipe_bytes = 0
         self._timer: asyncio.Handle | None = None
         self._drained: asyncio.Future[None] | None = None
@@ -169,14 +181,14 @@ class MemoryLink(LinkCore):
         if self._fabric.is_cut(self.here, self._peer):
             return
         now = self._loop.time()
-        while self._pipe and self._pipe[0][0] <= now and not self.other._holding:
-            _, data, size_bytes = self._pipe.popleft()
-            if data is None:
+        while self._pipe and self._pipe[0].due_s <= now and not self.other._holding:
+            piece = self._pipe.popleft()
+            if piece.data is None:
                 self._fabric.forget_link(self)
                 self.other._eof()
             else:
-                self._pipe_bytes -= size_bytes
-                self.other._data(data)
+                self._pipe_bytes -= piece.size_bytes
+                self.other._data(piece.data)
         self._room()
         if not self._pipe and self._drained is not None and not self._drained.done():
             self._drained.set_result(None)
@@ -186,15 +198,15 @@ class MemoryLink(LinkCore):
         """Have bytes delivered after a delay, and after all that was put before."""
         due_s = self._loop.time() + delay_s
         if self._pipe:
-            due_s = max(due_s, self._pipe[-1][0])
-        self._pipe.append((due_s, data, size_bytes))
+            due_s = max(due_s, self._pipe[-1].due_s)
+        self._pipe.append(Piece(due_s, data, size_bytes))
         self._pipe_bytes += size_bytes
         self._schedule()
 
     def _schedule(self) -> None:
         if self._timer is not None or not self._pipe or self.other._holding:
             return
-        due = self._pipe[0][0]
+        due = self._pipe[0].due_s
         soon = due <= self._loop.time()
         self._timer = self._loop.call_soon(self.pump) if soon else self._loop.call_at(due, self.pump)
 

@@ -56,6 +56,8 @@ class Peers:
         capabilities: tuple[str, ...] = (),
         liveness: Liveness = Liveness(),  # noqa: B008 (frozen)
     ) -> None:
+        self.own = endpoint.address.node
+        """Our own id. There is no link to ourselves."""
         self._endpoint = endpoint
         self._clock = clock
         self._on_frame = on_frame

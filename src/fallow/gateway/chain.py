@@ -9,6 +9,7 @@ Rules
   the client gets `NoRoute`.
 - A device that says that it leaves still serves for a while: the chain's owner may move the conversation meanwhile
   (`moves.py`); otherwise it is repaired at once.
+- What lives keeps its caches, so a repair may come to a device again, for what another lost (`flows.py`).
 - Prompt rows in flight are bounded: `WINDOW_ROWS` beyond the last result.
 
 It does not sample, render text or speak HTTP.
@@ -37,7 +38,6 @@ from fallow.domain.fleet import Hop
 from fallow.domain.frames import (
     CloseSession,
     Fault,
-    Flow,
     Frame,
     OpenStage,
     PeerAddress,
@@ -50,15 +50,13 @@ from fallow.domain.frames import (
 from fallow.domain.ids import Digest, NodeId, SessionId
 from fallow.fabric.peers import Peers
 from fallow.gateway.contract import Candidates, Router
+from fallow.gateway.feeding import WINDOW_ROWS, rows_to_feed
+from fallow.gateway.flows import flows, layers_anew, left_behind, positions, stage_of
 from fallow.gateway.lost_devices import Avoided
-from fallow.gateway.results import last_candidates
+from fallow.gateway.results import ReadResult, last_candidates
 from fallow.gateway.waker import Waker
-from fallow.policy.recovery import Rewind, StagePosition, plan_recovery, valid_tokens, with_rewind
+from fallow.policy.recovery import Rewind, plan_recovery, with_rewind
 
-CHUNK_ROWS = 64
-"""Rows a frame: large enough for the kernels, small enough that the stages of a chain work on a prompt, or on a cache
-that is rebuilt, side by side."""
-WINDOW_ROWS = 16 * CHUNK_ROWS
 OPEN_TIMEOUT_S = 3.0
 """How long a stage may take to answer `OpenStage`; it first finishes what it computes."""
 DIAL_PATIENCE_S = 1.0
@@ -73,7 +71,9 @@ AVOID_ENGINE_S = 1.0
 AVOID_FULL_S = 0.2
 """The same for a device that had no room: it may have some once a kept conversation has made way."""
 STALL_TIMEOUT_S = 15.0
-"""Without any progress for so long, the chain is asked where it stands even though every link lives."""
+"""Without any progress for so long, the chain is asked where it stands even though every link lives. That voids the
+rows under way, so one that is being rebuilt has `REBUILD_ROW_S` more for each of them."""
+REBUILD_ROW_S = 0.02
 
 _REFUSES_LONG: Final = frozenset({"link_closed", GrantRefused.code, *Standing})
 """Codes of refusals that last: nobody answers, the device's clock is wrong, or it may not work."""
@@ -96,7 +96,7 @@ class Chain:
         on_event: Callable[[str], None],
         on_unreached: Callable[[NodeId], None] = lambda _: None,
         on_leaving: Callable[["Chain", NodeId], bool] = lambda *_: False,
-        vocab_size: int | None = None,
+        read: ReadResult = last_candidates,
     ) -> None:
         """`on_leaving` hears of a device of the chain that is about to go, and says whether its owner sees to that."""
         self.session = session
@@ -117,7 +117,7 @@ class Chain:
         self._on_event = on_event
         self._on_unreached = on_unreached
         self._on_leaving = on_leaving
-        self._vocab_size = vocab_size
+        self._read = read
         self._epoch = 0
         self._fed = 0
         self._fed_once = 0
@@ -130,8 +130,11 @@ class Chain:
         self._refused: set[NodeId] = set()
         """Devices that did not take a grant; one that takes none again is avoided."""
         self._waker = Waker()
-        self._states: dict[NodeId, StageState | Refused] = {}
+        self._states: dict[tuple[NodeId, SessionId], StageState | Refused] = {}
         self._progress_at_s = clock.monotonic_s()
+        self._patience_s = STALL_TIMEOUT_S
+        self._rebuilt_to = 0
+        """So many tokens were there when it was opened last."""
 
     # --- what its owner asks -------------------------------------------------------------------
 
@@ -183,12 +186,16 @@ class Chain:
 
     def close(self) -> None:
         """Free the session everywhere. Idempotent."""
-        for hop in self.hops:
-            self._peers.post(hop.address.node, Frame(CloseSession(session=self.session)))
+        for node, session in self.stages():
+            self._peers.post(node, Frame(CloseSession(session=session)))
         self.hops = ()
 
     def nodes(self) -> tuple[NodeId, ...]:
         return tuple(hop.address.node for hop in self.hops)
+
+    def stages(self) -> tuple[tuple[NodeId, SessionId], ...]:
+        """Its devices in order, each with the session's name there."""
+        return tuple(stage_of(self.session, hop) for hop in self.hops)
 
     # --- what arrives --------------------------------------------------------------------------
 
@@ -196,11 +203,11 @@ class Chain:
         """A frame about this session. Only stages of the present chain are believed."""
         header = frame.header
         if isinstance(header, Result):
-            if self.hops and peer == self.hops[-1].address.node and header.epoch == self._epoch:
+            if (peer, header.session) in self.stages()[-1:] and header.epoch == self._epoch:
                 self._on_result(header, frame.payload)
         elif isinstance(header, StageState | Refused):
-            if header.epoch == self._epoch and peer in self.nodes():
-                self._states[peer] = header
+            if header.epoch == self._epoch and (peer, header.session) in self.stages():
+                self._states[peer, header.session] = header
                 self._waker.wake()
         elif isinstance(header, Fault) and peer in self.nodes():
             if header.code == "leaving" and not self.broken and self._on_leaving(self, peer):
@@ -229,9 +236,9 @@ class Chain:
     def check_stall(self) -> None:
         """Called at an interval: without progress on live links, ask the chain where it stands."""
         waiting = self._received < len(self.tokens)
-        if waiting and self._clock.monotonic_s() - self._progress_at_s > STALL_TIMEOUT_S:
+        if waiting and self._clock.monotonic_s() - self._progress_at_s > self._patience_s:
             self._progress_at_s = self._clock.monotonic_s()
-            self.in_trouble(f"no progress for {STALL_TIMEOUT_S:.0f} s", None)
+            self.in_trouble(f"no progress for {self._patience_s:.0f} s", None)
 
     def _on_result(self, header: Result, payload: bytes | bytearray | memoryview) -> None:
         end = header.position + header.count
@@ -242,7 +249,7 @@ class Chain:
             if header.logit_count == 0:
                 self.in_trouble("a result without the logits that were asked for", self.hops[-1].address.node)
                 return
-            candidates = last_candidates(header, payload, self._vocab_size)
+            candidates = self._read(header, payload)
             if candidates is None:
                 self.in_trouble("a result that cannot be read", self.hops[-1].address.node)
                 return
@@ -256,14 +263,10 @@ class Chain:
         while self._fed < len(self.tokens) and self._fed - self._received < WINDOW_ROWS:
             if self._trouble is not None:
                 return
-            phase = self._phases[self._fed]
-            limit = min(self._fed + CHUNK_ROWS, len(self.tokens))
-            count = 1
-            while self._fed + count < limit and self._phases[self._fed + count] is phase:
-                count += 1
+            count = rows_to_feed(self._phases, self._fed, self._rebuilt_to)
             rows = Rows(
-                session=self.session, epoch=self._epoch, position=self._fed, count=count, phase=phase,
-                logits_from=len(self.tokens) - 1, top_k=self.top_k,
+                session=self.stages()[0][1], epoch=self._epoch, position=self._fed, count=count,
+                phase=self._phases[self._fed], logits_from=len(self.tokens) - 1, top_k=self.top_k,
             )  # fmt: skip
             payload = np.asarray(self.tokens[self._fed : self._fed + count], np.int32).tobytes()
             self._fed += count
@@ -301,7 +304,9 @@ class Chain:
         while True:
             self._trouble = None
             try:
-                await self._connect(keep=self._alive())
+                avoided = self._avoided.now()
+                anew = await self._connect(keep=[hop for hop in self.hops if hop.address.node not in avoided])
+                break
             except (NoRoute, KvExhausted, StageRefused, BusTimeout, BusUnavailable) as error:
                 waited_s = self._clock.monotonic_s() - started_s
                 if waited_s > REPAIR_TIMEOUT_S:
@@ -311,55 +316,45 @@ class Chain:
                     reason = error.message
                     self._on_event(f"session {self.session[:8]}: no chain yet: {reason}")
                 await self._clock.sleep(REPAIR_RETRY_S)
-                continue
-            break
         self.repairs += 1
         self.broken = False
         self._progress_at_s = self._clock.monotonic_s()
         took_ms = 1000 * (self._progress_at_s - started_s)
-        self._on_event(f"session {self.session[:8]}: repaired in {took_ms:.0f} ms over {self.describe()}")
+        how = f"repaired in {took_ms:.0f} ms over {self.describe()}, {anew} layers anew"
+        self._on_event(f"session {self.session[:8]}: {how}")
 
     def describe(self) -> str:
         return " > ".join(f"{hop.address.node[:8]}{hop.span}" for hop in self.hops)
 
-    def _alive(self) -> tuple[Hop, ...]:
-        return tuple(hop for hop in self.hops if hop.address.node not in self._avoided.now())
-
-    async def _connect(self, keep: Sequence[Hop]) -> None:
-        """Route, open every stage, plan, and let rows flow."""
+    async def _connect(self, keep: Sequence[Hop]) -> int:
+        """Route, open every stage, plan, and let rows flow. How many layers have rows to compute anew."""
         avoided = self._avoided.now()
         hops = await self._router.route(self.model, self.session, self.reserve_tokens, avoided, keep, len(self.tokens))
-        spans = {hop.address.node: hop.span for hop in hops}
-        for before in self.hops:
-            if spans.get(before.address.node) != before.span:
-                self._peers.post(before.address.node, Frame(CloseSession(session=self.session)))
+        if self._avoided.now().isdisjoint(hop.address.node for hop in hops):
+            self._trouble = None  # what broke meanwhile is not part of the new chain
+        for node, session in left_behind(self.session, self.hops, hops):
+            self._peers.post(node, Frame(CloseSession(session=session)))
         self.hops = hops
         self.granted_s = self._clock.monotonic_s()
         self._epoch += 1
         self._states = {}
         states = await self._open_stages(hops)
-        plan = plan_recovery(
-            self._received,
-            [
-                StagePosition(s.position, s.log_start, valid_tokens(self._fed_once, s.flowed_epoch, self._rewinds))
-                for s in states
-            ],
-        )
-        for index, (hop, stage) in enumerate(zip(hops, plan.stages, strict=True)):
-            flow = Flow(
-                session=self.session, epoch=self._epoch, forward_from=stage.forward_from, results_from=self._received,
-                rewind_to=stage.rewind_to, previous=hops[index - 1].address.node if index else None,
-                next=hops[index + 1].address if index + 1 < len(hops) else None,
-            )  # fmt: skip
+        stages = positions(states, self._fed_once, self._rewinds)
+        plan = plan_recovery(self._received, stages)
+        for hop, flow in zip(hops, flows(self.session, self._epoch, hops, plan, self._received), strict=True):
             await self._send(hop.address, Frame(flow))
         self._fed = plan.feed_from
+        rebuilt = len(self.tokens) - min(plan.feed_from, *(stage.forward_from for stage in plan.stages))
+        self._patience_s = STALL_TIMEOUT_S + REBUILD_ROW_S * rebuilt
+        self._rebuilt_to = len(self.tokens)
+        return layers_anew(hops, stages, self._received)
 
     async def _open_stages(self, hops: Sequence[Hop]) -> list[StageState]:
         """Every stage's state at this epoch. Raises `KvExhausted` or `StageRefused`, having noted whom to avoid."""
         opening = [
             OpenStage(
-                session=self.session, epoch=self._epoch, model=self.model, span=hop.span, grant=hop.grant,
-                reserve_tokens=self.reserve_tokens) for hop in hops
+                session=name, epoch=self._epoch, model=self.model, span=hop.span, grant=hop.grant,
+                reserve_tokens=self.reserve_tokens) for hop, (_, name) in zip(hops, self.stages(), strict=True)
         ]  # fmt: skip
         await asyncio.gather(*(self._reach(hop.address, Frame(o)) for hop, o in zip(hops, opening, strict=True)))
         deadline_s = self._clock.monotonic_s() + OPEN_TIMEOUT_S
@@ -371,7 +366,7 @@ class Chain:
         states: list[StageState] = []
         for hop in hops:
             node = hop.address.node
-            answer = self._states.get(node)
+            answer = self._states.get(stage_of(self.session, hop))
             if isinstance(answer, StageState):
                 self._require_device(node)
                 states.append(answer)

@@ -4,6 +4,7 @@ Rules
 - One task a session: its steps run one after another; sessions run side by side, and the engine batches them.
 - Output rows are logged before they are sent, so a send that fails loses nothing. All logs together stay under the log
   budget by giving up their oldest rows.
+- The next stage may be on this device, too, as another session (`domain.ids.at_visit`): its rows take no link.
 - Rows that a sound predecessor cannot have sent (`row_checks.py`) are not computed: the gateway hears whom to suspect.
 - Rows are counted against the session's grant before they are computed; what it does not allow ends the session.
 
@@ -36,6 +37,10 @@ class Home(Protocol):
     """Where sessions live."""
 
     def sessions(self) -> Collection[Session]: ...
+
+    def handle(self, peer: NodeId, frame: Frame) -> bool:
+        """Take a session frame. Never waits."""
+        ...
 
     def refuse(self, peer: NodeId, opening: OpenStage, code: str, message: str) -> None:
         """Answer an opening with no."""
@@ -220,7 +225,7 @@ class StagePump:
     async def _forward(self, session: Session, flow: Flow, rows: LoggedRows) -> None:
         assert flow.next is not None
         header = Rows(
-            session=session.id,
+            session=flow.next_session or session.id,
             epoch=flow.epoch,
             position=rows.position,
             count=rows.count,
@@ -229,6 +234,9 @@ class StagePump:
             top_k=rows.top_k,
         )
         frame = Frame(header, rows.payload)
+        if flow.next.node == self._peers.own:
+            self._home.handle(self._peers.own, frame)
+            return
         if self._peers.computes(flow.next.node) and self._peers.post(flow.next.node, frame):
             return
         try:

@@ -31,7 +31,7 @@ from fallow.domain.frames import (
     RenewGrant,
     Rows,
 )
-from fallow.domain.ids import Digest, NodeId, SessionId
+from fallow.domain.ids import VISITS_MAX, Digest, NodeId, SessionId, at_visit, same_conversation
 from fallow.engine.contract import StageEngine
 from fallow.fabric.peers import Peers
 from fallow.node.activation_log import Buffer
@@ -108,7 +108,7 @@ class StageRelay:
 
     def _on_open(self, peer: NodeId, opening: OpenStage) -> None:
         session = self._sessions.get(opening.session)
-        if session is not None and session.gateway != peer:
+        if any(held.gateway != peer for held in self._visits(opening.session)):
             self.refuse(peer, opening, "unknown_session", "That session belongs to another gateway.")
             return
         if session is not None and opening.epoch < session.epoch:
@@ -156,6 +156,9 @@ class StageRelay:
         session = self._sessions.get(flow.session)
         if session is None or session.gateway != peer or flow.epoch < session.epoch:
             return
+        if flow.next_session is not None and not same_conversation(flow.next_session, session.id):
+            self.fault(session, "unknown_session", "Rows go on in their own session alone.")
+            return
         if flow.epoch > session.epoch:
             session.fence(flow.epoch)
         session.flow_pending = flow
@@ -167,7 +170,10 @@ class StageRelay:
             fault = Fault(
                 session=rows.session, epoch=rows.epoch, code="unknown_session", message="No such session here."
             )
-            self._peers.post(peer, Frame(fault))
+            if peer == self._peers.own:
+                self._on_fault(peer, fault)
+            else:
+                self._peers.post(peer, Frame(fault))
             return
         held = session.hold(Waiting(peer, rows, payload))
         if held is Held.TOO_MANY:
@@ -182,10 +188,14 @@ class StageRelay:
             self.end(session)
 
     def _on_fault(self, peer: NodeId, fault: Fault) -> None:
-        """The next stage complains to us; the gateway is the one to know."""
-        session = self._sessions.get(fault.session)
-        if session is not None and session.flow is not None and session.flow.next and session.flow.next.node == peer:
-            self.fault(session, fault.code, fault.message, suspect=fault.suspect or peer)
+        """The next stage complains to us, in its own name for the session; the gateway is the one to know. Of whom it
+        complains is its own word, which must not become ours: to the gateway we would be the ones who accuse."""
+        for session in self._visits(fault.session):
+            if session.flow is None or session.flow.next is None:
+                continue
+            told = session.flow.next_session or session.id
+            if (session.flow.next.node, told) == (peer, fault.session):
+                self.fault(session, fault.code, fault.message, suspect=peer)
 
     # --- what happens around ------------------------------------------------------------------
 
@@ -245,6 +255,11 @@ class StageRelay:
                     self.end(session)
 
     # --- helpers ------------------------------------------------------------------------------
+
+    def _visits(self, name: SessionId) -> list[Session]:
+        """The stages here of the session that is meant, whichever of them is named."""
+        held = (self._sessions.get(at_visit(name, visit)) for visit in range(VISITS_MAX))
+        return [session for session in held if session is not None]
 
     def refuse(self, peer: NodeId, opening: OpenStage, code: str, message: str) -> None:
         """Answer an opening with no."""

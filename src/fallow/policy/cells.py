@@ -26,7 +26,9 @@ import msgspec
 from fallow.domain.cells import CellDigest, ModelDigest
 from fallow.domain.ids import Digest, NodeId
 from fallow.domain.model import Span
-from fallow.policy.routing import Carrier, ModelShape, kv_bytes, layers_per_s, spans_where
+from fallow.policy.routing import Carrier, ModelShape, kv_bytes
+from fallow.policy.spans import spans_where
+from fallow.policy.speed import layers_per_s
 
 LLOYD_ROUNDS_MAX = 32
 RTT_UNKNOWN_S = 0.1

@@ -1,7 +1,8 @@
 """Which chain serves a session. Pure.
 
 A *carrier* is a node with the pieces of one model that are ready on it. A chain covers the layers from the first to
-the last exactly once; each hop takes a run of adjacent pieces of one carrier, and a carrier appears at most once.
+the last exactly once; each hop takes a run of adjacent pieces of one carrier, and a carrier appears at most once, but
+for repairs.
 
 Rules
 - The cheapest chain wins: the sum over its hops of compute, half a round trip to the next hop, and a fixed overhead
@@ -9,11 +10,14 @@ Rules
 - Compute is what a layer takes when a call carries this session's row beside those of the sessions that are on the
   carrier already. Sessions therefore spread over equal devices and fill fast ones first.
 - A hop needs KV room for the session's whole reservation; nothing is overcommitted.
-- For a repair, kept hops stay exactly as they are and only the gaps are filled. Where the gaps cannot be filled so, a
+- For a repair, kept hops stay exactly as they are and only the gaps are filled: by other devices, else also by those of
+  kept hops, which then come again, with KV room for both. A chain that gives up no cache is worth another hop: what is
+  computed anew is what was lost, and not the whole conversation on every device. Where the gaps cannot be filled so, a
   fresh chain is chosen, which may use the kept hops' devices in any way.
 - A repair's client waits until the newcomers have computed the conversation anew. They do so side by side, so the
-  slowest of them counts: no newcomer may take longer than the least of `rebuild_limits_s` with which there is a chain.
-  Sessions on a device slow it down, because a loss hits many at once, and some of them are computed anew as well.
+  slowest of them counts: no newcomer may take longer than the least of `rebuild_limits_s` with which there is a chain
+  (`rebuild.py`). What was promised to others a moment ago comes first: a loss breaks many sessions at once. Hops that
+  live are given up where the others would otherwise wait `FRESH_GAIN` times as long, for the line of who must resend.
 
 The search is Dijkstra's over (layers covered, carrier), whose labels also hold the carriers used so far, because a
 carrier with separate runs could otherwise come twice: a label is dropped only for a cheaper one that has used up no
@@ -30,19 +34,14 @@ import msgspec
 from fallow.domain.errors import KvExhausted, NoRoute
 from fallow.domain.fleet import Hop, Outlook, RouteReply, RouteRequest, Speed
 from fallow.domain.frames import PeerAddress
-from fallow.domain.ids import NodeId
+from fallow.domain.ids import VISITS_MAX, NodeId
 from fallow.domain.model import Span, StageSpec
+from fallow.policy.rebuild import FRESH_GAIN, Offer, least_s, limits_from, newcomer_s
+from fallow.policy.spans import covered, spans_where
+from fallow.policy.speed import ROWS_MAX, layer_s
 
 RTT_MAX_S = 60.0
 KV_ENDLESS_BYTES = 1 << 62
-ROWS_MAX = 16
-"""Rows of one call up to which more of them are thought to be cheaper by the row."""
-LAYER_S_MIN = 1e-6
-"""Faster than any device computes a layer; what reports less is believed that much."""
-BESIDE_SHARE = 0.3
-"""How much longer a device takes to compute a session anew for each session that it has besides."""
-UNKNOWN_ROW_SHARE = 0.2
-"""What a further row costs of the first one, where nothing was measured."""
 
 
 class RoutingRules(msgspec.Struct, frozen=True, kw_only=True):
@@ -65,8 +64,10 @@ class RoutingRules(msgspec.Struct, frozen=True, kw_only=True):
     """How long a session stays, about: what a device's outlook is asked for."""
     session_tokens: int = 200
     """Tokens over which a repair's cost is spread."""
-    rebuild_limits_s: tuple[float, ...] = (1.0, 2.0, 4.0, 8.0)
+    rebuild_limits_s: tuple[float, ...] = (0.5, 0.7, 1.0, 1.4, 2.0, 2.8, 4.0, 5.7, 8.0, 11.0, 16.0, 23.0, 32.0)
     """How long a newcomer of a repaired chain may compute before the next token: the first limit that can be kept."""
+    repaired_tokens: int = 50
+    """Tokens that come after a repair, about: over so many a newcomer's rebuild is set against its speed."""
     repair_s: float = 1.0
     """What a repair costs its session."""
 
@@ -78,6 +79,8 @@ class ModelShape(msgspec.Struct, frozen=True, kw_only=True):
     kv_bytes_per_token_layer: int
     head_layers: float = 0.0
     """What the head costs, counted in layers."""
+    send_row_s: float = 0.0
+    """What a row takes on a home line."""
 
 
 class Carrier(msgspec.Struct, frozen=True, kw_only=True):
@@ -92,32 +95,14 @@ class Carrier(msgspec.Struct, frozen=True, kw_only=True):
     tokens_per_s: float = 0.0
     """Rows computed a second, as its heartbeat says; 0: not told."""
     outlook: Outlook | None = None
+    busy_share: float = 0.0
+    """Of its time, what it computes already."""
+    rebuild_wait_s: float = 0.0
+    """How long it will be at rebuilds that were promised on it."""
 
     @property
     def node(self) -> NodeId:
         return self.address.node
-
-
-def layer_s(speed: Speed | None, rows: int, unknown_s: float) -> float:
-    """Seconds that a layer takes for a call of `rows` rows: the measured points joined by lines, the last line drawn
-    out to `ROWS_MAX` rows, and proportional beyond.
-
-    More rows never take less time, whatever a device says: noise or a lie would draw every session to it.
-    """
-    if speed is None:
-        return unknown_s * (1 + UNKNOWN_ROW_SHARE * (rows - 1))
-    one = max(speed.layer_s_1, LAYER_S_MIN)
-    four = max(speed.layer_s_4, one)
-    if rows <= 4:
-        return one + (four - one) * (rows - 1) / 3
-    if rows <= ROWS_MAX:
-        return four + max(speed.layer_s_8 - four, 0.0) * (rows - 4) / 4
-    return layer_s(speed, ROWS_MAX, unknown_s) * rows / ROWS_MAX
-
-
-def layers_per_s(speed: Speed | None, unknown_s: float) -> float:
-    """What a device computes at best: layers a second times the rows of a call, at `ROWS_MAX` rows."""
-    return ROWS_MAX / max(layer_s(speed, ROWS_MAX, unknown_s), 1e-9)
 
 
 def compute_s(carrier: Carrier, span: Span, shape: ModelShape, rules: RoutingRules) -> float:
@@ -127,7 +112,9 @@ def compute_s(carrier: Carrier, span: Span, shape: ModelShape, rules: RoutingRul
 
 
 def rtt_s(one: Carrier, other: Carrier, rules: RoutingRules) -> float:
-    """The round trip between two carriers as either of them measured it."""
+    """The round trip between two carriers as either of them measured it; none between a carrier and itself."""
+    if one.node == other.node:
+        return 0.0
     there_s = one.link_rtt_s.get(other.address.node, math.inf)
     back_s = other.link_rtt_s.get(one.address.node, math.inf)
     seen_s = there_s if there_s < back_s else back_s
@@ -150,15 +137,15 @@ def route(
     """The cheapest chain for a session, or why there is none."""
     rules = rules or RoutingRules()
     usable = [carrier for carrier in carriers if carrier.node not in request.exclude]
-    limits_s = (*rules.rebuild_limits_s, math.inf) if request.rebuild_tokens else (math.inf,)
-    if request.keep and _consistent(request, shape):
-        repaired = _search_within(limits_s, request, shape, usable, request.keep, rules)
-        if repaired is not None:
-            return RouteReply(hops=repaired)
-    reachable = _reachable(request, shape, usable)
-    hops = _search_within(limits_s, request, shape, usable, (), rules) if reachable else None
-    if hops is not None:
-        return RouteReply(hops=hops)
+    keep = request.keep if _consistent(request, shape) else ()
+    kept_least_s = _least_s(request, shape, usable, keep, rules) if keep else math.inf
+    fresh_least_s = _least_s(request, shape, usable, (), rules)
+    ways = [(keep, kept_least_s)] if keep else []
+    ways.insert(FRESH_GAIN * fresh_least_s >= kept_least_s, ((), fresh_least_s))
+    for hops, least in ways:
+        found = _search_within(request, shape, usable, hops, rules, least)
+        if found is not None:
+            return RouteReply(hops=found)
     return refusal(request, shape, carriers, rules)
 
 
@@ -167,7 +154,7 @@ def refusal(request: RouteRequest, shape: ModelShape, carriers: Sequence[Carrier
     usable = [carrier for carrier in carriers if carrier.node not in request.exclude]
     endless = [msgspec.structs.replace(carrier, kv_free_bytes=KV_ENDLESS_BYTES) for carrier in usable]
     only_full = _reachable(request, shape, endless) and (
-        len(usable) > rules.exact_carriers_max or _search(request, shape, endless, (), rules) is not None
+        len(usable) > rules.exact_carriers_max or _search(request, shape, endless, endless, (), rules) is not None
     )
     code = KvExhausted.code if only_full else NoRoute.code
     return RouteReply(error=_why_not(request, shape, usable), code=code)
@@ -189,35 +176,63 @@ def _reachable(request: RouteRequest, shape: ModelShape, carriers: Sequence[Carr
 
 
 def _consistent(request: RouteRequest, shape: ModelShape) -> bool:
-    """Whether the hops to keep are in order, apart, inside the model, and none of them excluded or twice."""
+    """Whether the hops to keep are in order, apart, inside the model, and none of them excluded or the same stage."""
     edge = 0
     for hop in request.keep:
         if hop.span.first < edge or hop.span.layer_count <= 0:
             return False
         edge = hop.span.last
-    nodes = [hop.address.node for hop in request.keep]
-    return edge <= shape.layer_count and len(set(nodes)) == len(nodes) and not set(nodes) & set(request.exclude)
+    stages = {(hop.address.node, hop.visit) for hop in request.keep}
+    apart = len(stages) == len(request.keep) and not {node for node, _ in stages} & set(request.exclude)
+    return apart and edge <= shape.layer_count
 
 
-def rebuild_s(carrier: Carrier, span: Span, tokens: int, rules: RoutingRules) -> float:
-    """Seconds until a newcomer has computed so many tokens anew, beside the sessions that are on it."""
+def rebuild_s(carrier: Carrier, span: Span, tokens: int, shape: ModelShape, rules: RoutingRules) -> float:
+    """Seconds until a newcomer has computed so many tokens anew, after what was promised before; 0 for none."""
+    if not tokens:
+        return 0.0
     row_s = layer_s(carrier.speed, ROWS_MAX, rules.layer_unknown_s) / ROWS_MAX
-    return tokens * span.layer_count * row_s * (1 + BESIDE_SHARE * carrier.sessions)
+    send_s = shape.send_row_s if span.last < shape.layer_count else 0.0
+    takes_s = newcomer_s(tokens, span.layer_count, row_s, send_s, carrier.sessions, carrier.busy_share)
+    return carrier.rebuild_wait_s + takes_s
+
+
+def _least_s(
+    request: RouteRequest, shape: ModelShape, carriers: Sequence[Carrier], keep: Sequence[Hop], rules: RoutingRules
+) -> float:
+    """In how little time a repair could be done that keeps these hops. Who stands before newcomers sends its log."""
+    tokens = request.rebuild_tokens
+    if not tokens:
+        return 0.0
+    by_node = {carrier.node: carrier for carrier in carriers}
+    starts = {hop.span.first for hop in keep}
+    held = {layer for hop in keep for layer in range(hop.span.first, hop.span.last)}
+    offers: list[Offer] = []
+    for hop in keep:
+        sends = hop.span.last not in starts and hop.span.last < shape.layer_count
+        wait_s = by_node.get(hop.address.node, _unheard(hop, request)).rebuild_wait_s
+        offers.append(Offer(hop.span.first, hop.span.last, wait_s + tokens * shape.send_row_s if sends else 0.0))
+    for carrier in carriers:
+        for start in {piece.first for piece in carrier.stage.pieces}:
+            for span in runs_from(carrier.stage, start):
+                room = kv_bytes(span, request.reserve_tokens, shape) <= carrier.kv_free_bytes
+                if room and held.isdisjoint(range(span.first, span.last)):
+                    offers.append(Offer(span.first, span.last, rebuild_s(carrier, span, tokens, shape, rules)))
+    return least_s(offers, shape.layer_count)
 
 
 def _search_within(
-    limits_s: Sequence[float],
-    request: RouteRequest,
-    shape: ModelShape,
-    carriers: Sequence[Carrier],
-    keep: Sequence[Hop],
-    rules: RoutingRules,
-) -> tuple[Hop, ...] | None:
-    """The cheapest chain within the first limit that leaves one."""
-    for limit_s in limits_s:
-        hops = _search(request, shape, carriers, keep, rules, limit_s)
-        if hops is not None:
-            return hops
+    request: RouteRequest, shape: ModelShape, usable: Sequence[Carrier], keep: Sequence[Hop], rules: RoutingRules,
+    least: float,
+) -> tuple[Hop, ...] | None:  # fmt: skip
+    """The cheapest chain within the first limit that leaves one; with the kept hops' devices only where it must be."""
+    kept = {hop.address.node for hop in keep}
+    others = [carrier for carrier in usable if carrier.node not in kept]
+    for limit_s in limits_from(least, rules.rebuild_limits_s) if request.rebuild_tokens else (math.inf,):
+        for newcomers in (others, usable) if kept else (usable,):
+            hops = _search(request, shape, usable, newcomers, keep, rules, limit_s)
+            if hops is not None:
+                return hops
     return None
 
 
@@ -225,19 +240,17 @@ def _search(
     request: RouteRequest,
     shape: ModelShape,
     carriers: Sequence[Carrier],
+    newcomers: Sequence[Carrier],
     keep: Sequence[Hop],
     rules: RoutingRules,
     rebuild_max_s: float = math.inf,
 ) -> tuple[Hop, ...] | None:
-    kept_nodes = {hop.address.node for hop in keep}
+    """The cheapest chain of the hops to keep and of `newcomers`, each of which comes once as such."""
     by_node = {carrier.node: carrier for carrier in carriers}
     forced: dict[int, tuple[Carrier, list[Span]]] = {
         hop.span.first: (by_node.get(hop.address.node, _unheard(hop, request)), [hop.span]) for hop in keep
     }
-    free = _spans_by_start(
-        [carrier for carrier in carriers if carrier.node not in kept_nodes], request, shape, sorted(forced), rules,
-        rebuild_max_s,
-    )  # fmt: skip
+    free = _spans_by_start(newcomers, request, shape, sorted(forced), rules, rebuild_max_s)
     if not _joined(shape.layer_count, forced, free):
         return None
     start_max = {
@@ -249,29 +262,47 @@ def _search(
     while heap:
         cost, hop_count, _, edge, path = heapq.heappop(heap)
         if edge == shape.layer_count:
-            return tuple(Hop(address=carrier.address, span=span) for carrier, span in path)
+            return _hops(path, keep)
         popped += 1
         last = path[-1][0] if path else None
         known = settled.setdefault((edge, last.node if last else None), [])
         late = popped > rules.labels_max or pushed > rules.pushes_max
         if known and late:
             continue
-        used = frozenset(carrier.node for carrier, _ in path)
+        used = frozenset(carrier.node for carrier, span in path if span.first not in forced)
         still_matters = frozenset(node for node in used if start_max.get(node, 0) >= edge)
         if any(earlier <= still_matters for earlier in known):
             continue
         known.append(still_matters)
         options: Iterable[tuple[Carrier, list[Span]]] = [forced[edge]] if edge in forced else free.get(edge, ())
         for carrier, spans in options:
-            if carrier.node in used:
+            if edge not in forced and carrier.node in used:
                 continue
             for span in spans:
                 if late and (span.last, carrier.node) in settled:
                     continue
                 pushed += 1
                 total = cost + hop_s(last, carrier, span, shape, request.origin, rules)
+                if edge not in forced:
+                    again_s = rebuild_s(carrier, span, request.rebuild_tokens, shape, rules)
+                    total += again_s / rules.repaired_tokens
                 heapq.heappush(heap, (total, hop_count + 1, pushed, span.last, (*path, (carrier, span))))
     return None
+
+
+def _hops(path: Sequence[tuple[Carrier, Span]], keep: Sequence[Hop]) -> tuple[Hop, ...] | None:
+    """The chain that was found, newcomers under the first visit that their devices have free; `None` if there is none,
+    which takes a gateway that keeps more stages on a device than repairs leave there."""
+    kept = {hop.span.first: hop.visit for hop in keep}
+    taken = {(hop.address.node, hop.visit) for hop in keep}
+    hops: list[Hop] = []
+    for carrier, span in path:
+        free = (visit for visit in range(VISITS_MAX) if (carrier.node, visit) not in taken)
+        visit = kept.get(span.first, next(free, None))
+        if visit is None:
+            return None
+        hops.append(Hop(address=carrier.address, span=span, visit=visit))
+    return tuple(hops)
 
 
 def _unheard(hop: Hop, request: RouteRequest) -> Carrier:
@@ -298,10 +329,11 @@ def _spans_by_start(
                 for span in runs_from(carrier.stage, start)
                 if span.last <= wall
                 and kv_bytes(span, request.reserve_tokens, shape) <= carrier.kv_free_bytes
-                and rebuild_s(carrier, span, request.rebuild_tokens, rules) <= rebuild_max_s
+                and rebuild_s(carrier, span, request.rebuild_tokens, shape, rules) <= rebuild_max_s
             ]
             if spans:
                 price = compute_s(carrier, Span(0, 1), shape, rules) + rules.hop_overhead_s / spans[-1].layer_count
+                price += rebuild_s(carrier, spans[0], request.rebuild_tokens, shape, rules) / rules.repaired_tokens
                 found.setdefault(start, []).append((price, carrier.node, carrier, spans))
     return {
         start: [(carrier, spans) for _, _, carrier, spans in sorted(offers)[: rules.carriers_per_piece_max]]
@@ -337,29 +369,6 @@ def runs_from(stage: StageSpec, start: int) -> list[Span]:
 def kv_bytes(span: Span, tokens: int, shape: ModelShape) -> int:
     """KV room that a session of so many tokens takes on a span."""
     return span.layer_count * shape.kv_bytes_per_token_layer * tokens
-
-
-def covered(layer_count: int, stages: Iterable[StageSpec]) -> list[bool]:
-    """For each layer, whether any of the stages holds it."""
-    held = [False] * layer_count
-    for stage in stages:
-        for piece in stage.pieces:
-            for layer in range(max(piece.first, 0), min(piece.last, layer_count)):
-                held[layer] = True
-    return held
-
-
-def spans_where(flags: Sequence[bool]) -> list[Span]:
-    """The runs of layers whose flag is set."""
-    runs: list[Span] = []
-    for layer, flag in enumerate(flags):
-        if not flag:
-            continue
-        if runs and runs[-1].last == layer:
-            runs[-1] = Span(runs[-1].first, layer + 1)
-        else:
-            runs.append(Span(layer, layer + 1))
-    return runs
 
 
 def _why_not(request: RouteRequest, shape: ModelShape, carriers: Sequence[Carrier]) -> str:

@@ -26,8 +26,9 @@ from fallow.domain.fleet import OUTLOOK_HORIZONS_S, Outlook
 from fallow.domain.ids import NodeId
 from fallow.domain.model import Span
 from fallow.policy.flow import throughput_of_sets, throughput_of_spans
-from fallow.policy.routing import ROWS_MAX, Carrier, ModelShape, RoutingRules, kv_bytes, layer_s, layers_per_s
+from fallow.policy.routing import Carrier, ModelShape, RoutingRules, kv_bytes
 from fallow.policy.routing_flow import HopFlow, Kind, fewest_hops
+from fallow.policy.speed import ROWS_MAX, layer_s, layers_per_s
 
 SESSIONS_TOLD_MAX = 48
 """Sessions on a carrier up to which times are worked out; beyond, the last two are drawn out."""

@@ -29,14 +29,17 @@ class Child:
     """One child process and the task that keeps it alive."""
 
     def __init__(
-        self, name: str, command: Sequence[str], environment: Mapping[str, str], log_file: Path, tell: Tell
-    ) -> None:
+        self, name: str, command: Sequence[str], environment: Mapping[str, str], log_file: Path, tell: Tell,
+        rest_s: float = 0.0,
+    ) -> None:  # fmt: skip
+        """`rest_s`: how long it stays away after a death, at least."""
         self.name = name
         self.given_up = False
         self._command = command
         self._environment = environment
         self._log_file = log_file
         self._tell = tell
+        self._rest_s = rest_s
         self._process: asyncio.subprocess.Process | None = None
         self._keeper: asyncio.Task[None] | None = None
         self._stopping = False
@@ -103,7 +106,7 @@ class Child:
                 self.given_up = True
                 self._tell(f"{self.name} stopped {deaths} times in a row and is given up; see {self._log_file}.")
                 return
-            wait_s = min(RESTART_WAIT_S * 2 ** (deaths - 1), RESTART_WAIT_MAX_S)
+            wait_s = max(self._rest_s, min(RESTART_WAIT_S * 2 ** (deaths - 1), RESTART_WAIT_MAX_S))
             words = self.last_words() if status > 0 else ""
             self._tell(f"{self.name} {_ending(status)}; starting it again in {wait_s:.1f} s. {words}".rstrip())
             await asyncio.sleep(wait_s)

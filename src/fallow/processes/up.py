@@ -42,6 +42,9 @@ CHILD_STOP_LIMIT_S: Final = 6.0
 READY_LIMIT_S: Final = 30.0
 READY_POLL_S: Final = 0.1
 FAILURE_POLL_S: Final = 1.0
+DEVICE_REST_S: Final = 1.0
+"""How long a device that died stays away: starting it takes a second of the processor, which those devices of this
+machine need that go on with its answers."""
 RENEWED_EVERY_S: Final = 7 * 24 * 3600.0
 """The bus's certificate, and a council of one's signatures, long before the old ones end."""
 INSECURE: Final = (
@@ -237,14 +240,15 @@ class Service:
     # --- children ---
 
     def _child(
-        self, name: str, arguments: Sequence[str], environment: dict[str, str], state_dir: Path | None = None
-    ) -> Child:
+        self, name: str, arguments: Sequence[str], environment: dict[str, str], state_dir: Path | None = None,
+        rest_s: float = 0.0,
+    ) -> Child:  # fmt: skip
         command = [sys.executable, "-m", "fallow", *arguments]
         command += ["--state-dir", str(state_dir or self._config.state_dir), "--parent", str(os.getpid())]
         command += ["--log-file", str(self._log_file(name))]
         if self._file is not None:
             command += ["--config", str(self._file)]
-        return Child(name, command, environment, self._log_file(name).with_suffix(".output"), self._tell)
+        return Child(name, command, environment, self._log_file(name).with_suffix(".output"), self._tell, rest_s)
 
     async def _standbys(self, bus_url: str) -> int:
         """How many can take over from one that leads."""
@@ -280,7 +284,7 @@ class Service:
         state_dir = config.state_dir / "nodes" / name
         leave = self._leave(Role.NODE, state_dir / "device", name)
         # Who starts devices on a machine of their own has agreed to lend it.
-        return self._child(name, ["join", "--yes"], environment | settings | leave, state_dir)
+        return self._child(name, ["join", "--yes"], environment | settings | leave, state_dir, DEVICE_REST_S)
 
     def _log_file(self, name: str) -> Path:
         return self._config.state_dir / "logs" / f"{name}.log"

@@ -25,7 +25,8 @@ from fallow.domain.fleet import Hop, RouteRequest
 from fallow.domain.frames import PeerAddress
 from fallow.domain.ids import NodeId, SessionId
 from fallow.domain.model import StageSpec
-from fallow.policy.routing import ROWS_MAX, Carrier, ModelShape, kv_bytes, layer_s
+from fallow.policy.routing import Carrier, ModelShape, kv_bytes
+from fallow.policy.speed import ROWS_MAX, layer_s
 from fallow.simulator.cell_values import MODEL, Asked, Machine, Route, Seen
 
 DETECT_S = 0.5
@@ -204,11 +205,12 @@ class CellModel:
         return bool(reply.hops)
 
     def _leave(self, session: _Session, kept: tuple[Hop, ...]) -> None:
-        for hop in session.hops:
-            device = self._devices[self._index[hop.address.node]]
-            if hop not in kept and session in device.open:
+        left = [(self._devices[self._index[hop.address.node]], hop) for hop in session.hops if hop not in kept]
+        left = [(device, hop) for device, hop in left if session in device.open]
+        for device, hop in left:
+            device.kv_free += kv_bytes(hop.span, self._reserve_tokens, self.shape)
+            if all(hop.address.node != other.address.node for other in kept):
                 device.open.discard(session)
-                device.kv_free += kv_bytes(hop.span, self._reserve_tokens, self.shape)
 
     def _feed(self, session: _Session) -> None:
         """The gateway sends the next token to the first hop."""

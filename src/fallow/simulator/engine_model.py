@@ -1,8 +1,9 @@
 """The engine's model: how long calls take on a simulated device. What they compute is exactly what `MemoryEngine` does.
 
 Figures: a layer takes `layer_s` for one row; several rows in one call cost what was measured on the real engine
-(`BATCH_COST`, from the design's facts), more rows in a straight line from there. A call takes every decode row that
-waits and at most one chunk of prefill, as the real scheduler does. Loading reads from a disk of `DISK_BYTES_PER_S`.
+(`BATCH_COST`, from the design's facts), more rows in a straight line from there. Calls take turns as the real ones do,
+by the same policies (`batching.py`, `fair_turns.py`): every row that decodes, then a chunk of a prompt or of a cache
+that is rebuilt, a small one while others decode. Loading reads from a disk of `DISK_BYTES_PER_S`.
 
 It does not model caches, thermal limits (`slowdown` may be set from outside) or the cost of long contexts.
 """
@@ -10,22 +11,37 @@ It does not model caches, thermal limits (`slowdown` may be set from outside) or
 import asyncio
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 from fallow.domain.fleet import Speed
 from fallow.domain.frames import Phase
-from fallow.domain.ids import Digest
+from fallow.domain.ids import Digest, SessionId
 from fallow.domain.model import Manifest, Span, StageSpec
 from fallow.engine.contract import PREFILL_CHUNK_ROWS, EngineLoad, Loaded, Step, Stepped
 from fallow.engine.memory import MemoryEngine
+from fallow.policy.batching import Turn, chunk_rows, next_turn
+from fallow.policy.fair_turns import FairTurns
 from fallow.simulator.scenario import SimulatedModel
 
 BATCH_COST: Final = ((1, 1.0), (2, 1.2), (4, 1.7), (8, 2.6), (16, 4.4))
 """Rows in one call, and what they cost in calls of one row."""
 DISK_BYTES_PER_S: Final = 800e6
 LOAD_MIN_S: Final = 0.5
+REPLAY_CHUNK_ROWS: Final = 64
+"""Generated rows of a cache that is rebuilt, in one call of the real engine."""
 RATE_PERIOD_S: Final = 5.0
 """Over which rows a second are averaged."""
+
+
+class Chunk(NamedTuple):
+    """Rows of a step that one call computes."""
+
+    step: Step
+    rows: int
+
+
+def _decodes(step: Step) -> bool:
+    return step.phase is Phase.DECODE and step.count == 1
 
 
 def batch_cost(rows: int) -> float:
@@ -58,6 +74,14 @@ class SimulatedEngine(MemoryEngine):
         self._rate_since_s = 0.0
         self._rows_at_rate = 0
         self._rows_per_s = 0.0
+        self._turn = Turn.WAIT
+        self._turns = FairTurns()
+        self._decoded_rows = 0
+        """In the call before this one: those who decode will be back."""
+        self._chunk: Chunk | None = None
+        """What the next call computes of a prompt, or of a cache that is rebuilt."""
+        self._filled: dict[int, int] = {}
+        """Rows that were computed of steps that took several calls, by the step's identity; such steps are waiting."""
 
     @property
     def load_now(self) -> EngineLoad:
@@ -105,28 +129,45 @@ class SimulatedEngine(MemoryEngine):
     # --- timing ---
 
     def _take(self) -> list[tuple[Step, asyncio.Future[Stepped]]]:
-        taken: list[tuple[Step, asyncio.Future[Stepped]]] = []
-        left: list[tuple[Step, asyncio.Future[Stepped]]] = []
-        prefill_rows = 0
-        for item in self._ready:
-            step = item[0]
-            if step.phase is Phase.DECODE:
-                taken.append(item)
-            elif prefill_rows == 0 or prefill_rows + step.count <= PREFILL_CHUNK_ROWS:
-                prefill_rows += step.count
-                taken.append(item)
-            else:
-                left.append(item)
-        self._ready = left
-        return taken
+        """The steps that the next call ends: the rows that decode, or the last chunk of a longer step."""
+        filling = [item for item in self._ready if not _decodes(item[0])]
+        decoding = [item for item in self._ready if _decodes(item[0])]
+        self._turn = next_turn(self._turn, len(decoding), len(filling))
+        self._chunk = None
+        if self._turn is not Turn.PREFILL:
+            self._decoded_rows = len(decoding)
+            self._ready = filling
+            return decoding
+        whose = self._turns.next(step.session for step, _ in filling)
+        head = next(item for item in filling if item[0].session == whose)
+        others = [item for item in filling if item is not head]
+        step = head[0]
+        rows_max = PREFILL_CHUNK_ROWS if step.phase is Phase.PREFILL else REPLAY_CHUNK_ROWS
+        count = chunk_rows(step.count - self._filled.get(id(step), 0), self._decoded_rows, rows_max)
+        self._decoded_rows = 0
+        filled = self._filled.pop(id(step), 0) + count
+        if self._holds(step):
+            self._turns.took(step.session, count * self._held(step.session).span.layer_count)
+            self._chunk = Chunk(step, count)
+            if filled < step.count:
+                self._filled[id(step)] = filled
+                self._ready = [*decoding, *others, head]
+                return []
+        self._ready = [*decoding, *others]
+        return [head]
+
+    async def free(self, session: SessionId) -> None:
+        self._turns.forget(session)
+        await super().free(session)
 
     def _duration_s(self, steps: list[Step]) -> float:
+        chunks = [Chunk(step, step.count) for step in steps] if self._chunk is None else [self._chunk]
         rows: dict[Span, int] = {}
         logits = 0
-        for step in steps:
+        for step, count in chunks:
             span = self._held(step.session).span
-            rows[span] = rows.get(span, 0) + step.count
-            if span.last == self.model.layer_count:
+            rows[span] = rows.get(span, 0) + count
+            if span.last == self.model.layer_count and step in steps:
                 logits += max(0, min(step.count, step.position + step.count - step.logits_from))
         layers = sum(span.layer_count * batch_cost(count) for span, count in rows.items())
         head = self._head_layers * batch_cost(logits) if logits else 0.0

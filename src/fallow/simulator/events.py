@@ -6,6 +6,7 @@ what it leaves. Outages, reclaims and rolling updates are in the lives (`populat
 
 from typing import TYPE_CHECKING, Final
 
+from fallow.simulator.breakage import breakage
 from fallow.simulator.results import Mark
 from fallow.simulator.scenario import Event, EventKind, Scenario
 
@@ -34,6 +35,7 @@ async def _partition(event: Event, world: "World") -> None:
     if ends_s <= world.now_s():
         return
     await world.clock.sleep(event.at_s - world.now_s())
+    world.breakages.append(breakage(world, event.region))
     world.note(f"partition of {event.region}")
     world.network.cut_region(event.region)
     await world.clock.sleep(ends_s - world.now_s())

@@ -20,6 +20,7 @@ from fallow.domain.frames import Frame, Phase
 from fallow.domain.ids import Digest, NodeId, SessionId
 from fallow.fabric.peers import Peers
 from fallow.gateway.admission import Admission
+from fallow.gateway.chain import Chain
 from fallow.gateway.metrics import GatewayMetrics
 from fallow.gateway.problems import Problem
 from fallow.gateway.sessions import FleetConversation, FleetTokenSource
@@ -111,6 +112,7 @@ class SimulatedGateway:
         self._clock = clock
         self._layer_count = layer_count
         self._on_turn = on_turn
+        self._open: dict[int, tuple[Turn, FleetConversation]] = {}
         self.peers = Peers(
             network.endpoint(node),
             clock,
@@ -133,6 +135,10 @@ class SimulatedGateway:
             lease=OpenLease(),
             routes=OpenRoutes(),
         )
+
+    def answering(self) -> list[Chain]:
+        """The chains of answers of which the client has seen the first token and not the last."""
+        return [conversation.chain for turn, conversation in self._open.values() if turn.first_token_s is not None]
 
     async def start(self) -> None:
         await self.peers.start()
@@ -175,6 +181,7 @@ class SimulatedGateway:
             conversation = await self.source.open(model, ask.prompt, ask.completion_tokens, GREEDY_TOP_K, ask.key)
             turn.accepted_s = self._clock.monotonic_s()
             turn.session = conversation.chain.session
+            self._open[turn.number] = turn, conversation
             self._on_turn(self, turn)
             await self._answer(turn, conversation, ask, telling)
         except FallowError as error:
@@ -184,6 +191,7 @@ class SimulatedGateway:
             turn.outcome = Outcome.REFUSED if full and turn.accepted_s is None else Outcome.FAILED
             turn.error = f"{error.code}: {error.message}"
         finally:
+            self._open.pop(turn.number, None)
             if conversation is not None:
                 turn.repairs = conversation.chain.repairs
                 turn.hops = turn.hops or len(conversation.chain.hops)

@@ -103,6 +103,7 @@ class Meter:
         first, gaps, stalls, hops = _latencies(self.turns)
         finished, failed = sum(map(_is_finished, outcomes)), outcomes.count(Outcome.FAILED)
         unaltered = outcomes.count(Outcome.FINISHED)
+        undisturbed = sum(bool(turn.gaps_s) and not turn.repairs for turn in self.turns)
         capacity = sum((_mean(each.capacity) or 0.0) * self.bin_s for each in self._bins)
         tokens = sum(turn.tokens for turn in self.turns)
         return Totals(
@@ -120,6 +121,7 @@ class Meter:
             inter_token_p99_s=quantile(gaps, 0.99),
             stall_p95_s=quantile(stalls, 0.95),
             stalls=len(stalls),
+            stall_all_p95_s=quantile(stalls + [0.0] * undisturbed, 0.95),
             hops_mean=_mean(hops),
             orders=sum(each.orders for each in self._bins),
             repairs=sum(turn.repairs for turn in self.turns),

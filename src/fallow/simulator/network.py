@@ -6,18 +6,22 @@ Rules
   jitter for each message; a lost packet costs one round trip and a half. Streams stay in order.
 - A share of pairs cannot connect directly: a relay carries their links, with more delay. Operators' machines can always
   be reached.
-- Bytes take time: frames queue at the sender's uplink and at the receiver's downlink. Model files are charged at the
-  scenario's sizes, and queue behind each other; while one passes, everything else has half of the line.
+- Bytes take time. Links share their sender's uplink alike, as QUIC connections do, and a link's frames go out in order
+  (`line.py`): nothing waits for another link's rows, but a row waits for those before it on the same link. Large frames
+  queue at the receiver's downlink as they arrive; small ones pass between them.
+- Model files are charged at the scenario's sizes, and queue behind each other; while one passes, everything else has
+  half of the line.
 - Nothing passes to or from a node that is isolated, nor between a region that is cut and the rest. Bus messages are
   then lost, links keep silent; what they hold passes after the cut.
 - Links between two live processes that can reach each other count as heard (`SimulatedLink.bytes_received`), so that
   pings need not be simulated one by one, and nobody looks after links while nothing is broken (`SimulatedClock`).
   Silence begins when nothing passes, and is noticed as in the product. Round trips are measured by pings, more rarely.
 
-Not here: congestion between connections, packets, the bus server's own load.
+Not here: packets, what full buffers add to delays, the bus server's own load.
 """
 
 import asyncio
+import math
 from collections.abc import Callable
 from typing import Final
 
@@ -27,10 +31,11 @@ from fallow.domain.frames import AnyHeader, Chunk, Frame, Ping, Pong, Rows
 from fallow.domain.ids import NodeId
 from fallow.engine.memory import ROW_BYTES
 from fallow.fabric.codec import Buffer
-from fallow.fabric.memory import MemoryFabric, MemoryLink
+from fallow.fabric.memory import MemoryFabric, MemoryLink, Piece
 from fallow.fabric.memory_bus import MemoryHub, Message
 from fallow.policy.liveness import Liveness
 from fallow.simulator.disk import TRANSFER_BYTES
+from fallow.simulator.line import SMALL_BYTES, Uplink
 from fallow.simulator.scenario import Network
 from fallow.simulator.streams import Streams, number
 from fallow.simulator.virtual_time import LoopClock
@@ -67,13 +72,17 @@ class Site(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class _Line:
-    """A site's queues: when each is free again."""
+    """A site's uplink, and when its other queues are free again."""
 
-    __slots__ = ("bulk_down_s", "bulk_up_s", "down_s", "site", "up_s")
+    __slots__ = ("bulk_down_s", "bulk_up_s", "down_s", "site", "uplink")
 
-    def __init__(self, site: Site) -> None:
+    def __init__(self, site: Site, on_left: "Callable[[SimulatedLink, Piece], None]") -> None:
         self.site = site
-        self.up_s = self.down_s = self.bulk_up_s = self.bulk_down_s = 0.0
+        self.uplink: Uplink[SimulatedLink, Piece] = Uplink(self._up_bytes_per_s, on_left)
+        self.down_s = self.bulk_up_s = self.bulk_down_s = 0.0
+
+    def _up_bytes_per_s(self, now_s: float) -> float:
+        return self.site.uplink_bytes_per_s * (0.5 if self.bulk_up_s > now_s else 1.0)
 
 
 class SimulatedHub(MemoryHub):
@@ -125,12 +134,12 @@ class SimulatedNetwork(MemoryFabric):
 
     def settle(self, name: str, site: Site) -> None:
         """Put a process on the map. Processes that were not put anywhere are the operator's."""
-        self._lines[name] = _Line(site)
+        self._lines[name] = _Line(site, self._left)
 
     def _line(self, name: str) -> _Line:
         line = self._lines.get(name)
         if line is None:
-            line = self._lines[name] = _Line(self._operator)
+            line = self._lines[name] = _Line(self._operator, self._left)
         return line
 
     # --- what breaks ---
@@ -233,17 +242,33 @@ class SimulatedNetwork(MemoryFabric):
                 disturbed_s += 3 * delay_s
         return disturbed_s
 
-    def passage_s(self, here: str, there: str, size_bytes: int, now_s: float) -> float:
-        """From now until a frame has arrived; takes its place in both queues."""
-        up, down = self._line(here), self._line(there)
-        up_rate = up.site.uplink_bytes_per_s * (0.5 if up.bulk_up_s > now_s else 1.0)
-        down_rate = down.site.downlink_bytes_per_s * (0.5 if down.bulk_down_s > now_s else 1.0)
-        start_s = max(now_s, up.up_s)
-        up.up_s = start_s + size_bytes / up_rate
-        delay_s = self._disturbed_s(self.latency_s(here, there), -(-size_bytes // PACKET_BYTES))
-        down.down_s = max(up.up_s + delay_s, max(down.down_s, start_s + delay_s) + size_bytes / down_rate)
-        self.bytes_carried += size_bytes
-        return down.down_s - now_s
+    def send(self, link: "SimulatedLink", piece: Piece) -> None:
+        """Take a frame's place in its sender's uplink. Says in `piece` when it arrives, now or once it has gone out."""
+        self.bytes_carried += piece.size_bytes
+        uplink = self._line(link.here).uplink
+        left_s = uplink.at_once(piece.size_bytes, link.now_s)
+        if left_s is None:
+            uplink.enter(link, piece, piece.size_bytes)
+        else:
+            piece.due_s = self._arrives_s(link, piece.size_bytes, left_s)
+
+    def give_up(self, link: "SimulatedLink") -> None:
+        """The link has ended: what has not gone out is not sent."""
+        self._line(link.here).uplink.leave(link)
+
+    def _left(self, link: "SimulatedLink", piece: Piece) -> None:
+        piece.due_s = self._arrives_s(link, piece.size_bytes, link.now_s)
+        link.left()
+
+    def _arrives_s(self, link: "SimulatedLink", size_bytes: int, left_s: float) -> float:
+        """When a frame whose last byte has gone out at `left_s` has arrived; takes its place in the downlink."""
+        arrives_s = left_s + self._disturbed_s(self.latency_s(link.here, link.peer), -(-size_bytes // PACKET_BYTES))
+        if size_bytes <= SMALL_BYTES:
+            return arrives_s
+        down = self._line(link.peer)
+        passes_s = size_bytes / (down.site.downlink_bytes_per_s * (0.5 if down.bulk_down_s > link.now_s else 1.0))
+        down.down_s = max(arrives_s, max(down.down_s, arrives_s - passes_s) + passes_s)
+        return down.down_s
 
     def file_passage_s(self, here: str, there: str, size_bytes: int, now_s: float) -> float:
         """The same for a piece of a model file, in the queues of such pieces."""
@@ -286,6 +311,10 @@ class SimulatedLink(MemoryLink):
         self._posting: AnyHeader | None = None
         super().__init__(network, here, there)
 
+    @property
+    def now_s(self) -> float:
+        return self._loop.time()
+
     def beat(self) -> None:
         """The peer is heard now, if it can be."""
         if not self._network.is_cut(self.here, self._peer):
@@ -323,7 +352,30 @@ class SimulatedLink(MemoryLink):
         size_bytes = len(data)
         if type(header) is Rows and len(payload) == header.count * ROW_BYTES:
             size_bytes = len(head) + header.count * self._network.row_bytes
-        self._put(data, self._network.passage_s(self.here, self._peer, size_bytes, now_s), size_bytes)
+        piece = Piece(math.inf, data, size_bytes)
+        self._pipe.append(piece)
+        self._pipe_bytes += size_bytes
+        self._network.send(self, piece)
+        self._schedule()
+
+    def _put(self, data: bytes | None, delay_s: float, size_bytes: int) -> None:
+        # Pieces arrive in their order whatever they say; the one before may not know yet when it is due.
+        self._pipe.append(Piece(self.now_s + delay_s, data, size_bytes))
+        self._pipe_bytes += size_bytes
+        self._schedule()
+
+    def left(self) -> None:
+        """A frame that waited has gone out."""
+        self._schedule()
+
+    def _schedule(self) -> None:
+        # What has not gone out yet is due at no time; when it has, we are told.
+        if self._pipe and self._pipe[0].due_s < math.inf:
+            super()._schedule()
+
+    def _drop(self) -> None:
+        self._network.give_up(self)
+        super()._drop()
 
     def _write_file(self, data: bytes, passage_s: float) -> None:
         pieces = min(len(data), 1 + int(passage_s / BULK_PIECE_S))

@@ -73,6 +73,8 @@ class Totals(msgspec.Struct, frozen=True, kw_only=True):
     inter_token_p99_s: float | None = None
     stall_p95_s: float | None = None
     stalls: int | None = None
+    stall_all_p95_s: float | None = None
+    """The same over all answers; one that lost no stage counts as 0."""
     hops_mean: float | None = None
     orders: int = 0
     repairs: int | None = None
@@ -94,6 +96,16 @@ class Mark(msgspec.Struct, frozen=True, kw_only=True):
     at_s: float
     until_s: float
     label: str
+
+
+class Breakage(msgspec.Struct, frozen=True, kw_only=True):
+    """A partition, as answers that were being given saw it."""
+
+    at_s: float
+    answers: int
+    """That lost a device."""
+    least_mend_s: float | None
+    """Once it was noticed, nobody could have mended all of them sooner (`breakage.py`)."""
 
 
 class RunResult(msgspec.Struct, frozen=True, kw_only=True):
@@ -118,6 +130,7 @@ class RunResult(msgspec.Struct, frozen=True, kw_only=True):
     samples: tuple[Sample, ...]
     marks: tuple[Mark, ...] = ()
     violations: tuple[Violation, ...] = ()
+    breakages: tuple[Breakage, ...] = ()
 
 
 def write_result(result: RunResult, path: Path) -> None:

@@ -53,6 +53,7 @@ def run_detailed(scenario: Scenario, seed: int, progress: Callable[[float], None
         samples=world.meter.samples(),
         marks=marks(scenario, world.from_s, world.until_s),
         violations=tuple(checker.violations),
+        breakages=tuple(world.breakages),
     )
 
 

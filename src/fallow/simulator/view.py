@@ -99,7 +99,10 @@ def _engine_sessions(engine: SimulatedEngine) -> int:
 
 
 def sessions_of(gateway: SimulatedGateway) -> dict[SessionId, frozenset[NodeId]]:
-    """The sessions that a gateway has, running or kept, and the devices that hold them."""
+    """The sessions that a gateway has, running or kept, by their names on devices, and the devices that hold them."""
     source = gateway.source
-    chains = [*source._live.values(), *(kept.chain for kept in source._kept)]
-    return {chain.session: frozenset(chain.nodes()) for chain in chains}
+    found: dict[SessionId, set[NodeId]] = {}
+    for chain in [*source._live.values(), *(kept.chain for kept in source._kept)]:
+        for node, session in chain.stages():
+            found.setdefault(session, set()).add(node)
+    return {session: frozenset(nodes) for session, nodes in found.items()}

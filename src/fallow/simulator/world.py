@@ -28,6 +28,7 @@ from fallow.simulator.meter import Meter
 from fallow.simulator.model import build
 from fallow.simulator.network import WATCH, SimulatedClock, SimulatedHub, SimulatedNetwork, Site
 from fallow.simulator.population import draw_devices
+from fallow.simulator.results import Breakage
 from fallow.simulator.scenario import Scenario
 from fallow.simulator.streams import Streams
 from fallow.simulator.trace import Trace
@@ -84,10 +85,12 @@ class World:
         """Called for every frame that is delivered: sender, receiver, frame."""
         self.turn_watchers: list[Callable[[SimulatedGateway, Turn], None]] = []
         self.bus_watchers: list[Callable[[str, str, Message], None]] = []
+        self.breakages: list[Breakage] = []
         self._turns = 0
         self._tasks: set[asyncio.Task[None]] = set()
         self._trouble: BaseException | None = None
         operator = self._operator()
+        self.operator_region = operator.region
         self.network = SimulatedNetwork(
             scenario.network,
             operator,

@@ -11,7 +11,8 @@ from fallow.domain.fleet import Hop, RouteReply, RouteRequest, Speed
 from fallow.domain.frames import PeerAddress
 from fallow.domain.ids import Digest, NodeId, SessionId
 from fallow.domain.model import Span, StageSpec
-from fallow.policy.routing import Carrier, ModelShape, RoutingRules, hop_s, kv_bytes, layer_s, rebuild_s, route
+from fallow.policy.routing import Carrier, ModelShape, RoutingRules, hop_s, kv_bytes, rebuild_s, route
+from fallow.policy.speed import layer_s
 
 MODEL = Digest("ab" * 32)
 RULES = RoutingRules()
@@ -92,9 +93,10 @@ def cost_s(path: Sequence[tuple[Carrier, Span]]) -> float:
 def check_lawful(reply: RouteReply, carriers: Sequence[Carrier], asked: RouteRequest) -> None:
     by_node = {item.node: item for item in carriers}
     assert [layer for hop in reply.hops for layer in range(hop.span.first, hop.span.last)] == list(range(6))
-    nodes = [hop.address.node for hop in reply.hops]
-    assert len(set(nodes)) == len(nodes)
-    assert not set(nodes) & set(asked.exclude)
+    assert len({(hop.address.node, hop.visit) for hop in reply.hops}) == len(reply.hops)
+    newcomers = [hop.address.node for hop in reply.hops if hop not in asked.keep]
+    assert len(set(newcomers)) == len(newcomers), "only a kept hop's device comes twice"
+    assert not {hop.address.node for hop in reply.hops} & set(asked.exclude)
     for step in reply.hops:
         item = by_node[step.address.node]
         assert item.stage.pieces_of(step.span)
@@ -176,9 +178,9 @@ def test_a_kept_device_that_was_not_heard_of_yet_is_kept() -> None:
 
 
 def test_a_gap_that_cannot_be_filled_gives_a_fresh_chain() -> None:
-    one, two = carrier(0, A, B), carrier(1, C)
-    reply = route(request(hop(one, A), hop(two, C)), SHAPE, [one, two], RULES)
-    assert reply.hops == (hop(one, Span(0, 4)), hop(two, C))
+    one, two, three = carrier(0, A), carrier(1, C), carrier(2, Span(2, 6))
+    reply = route(request(hop(one, A), hop(two, C)), SHAPE, [one, two, three], RULES)
+    assert reply.hops == (hop(one, A), hop(three, Span(2, 6)))
 
 
 def test_hops_to_keep_that_overlap_are_not_believed() -> None:
@@ -258,7 +260,7 @@ def test_a_limit_never_costs_the_chain(carriers: list[Carrier], tokens: int) -> 
     by_node = {item.node: item for item in carriers}
 
     def slowest_s(hops: Sequence[Hop]) -> float:
-        return max(rebuild_s(by_node[hop.address.node], hop.span, tokens, RULES) for hop in hops)
+        return max(rebuild_s(by_node[hop.address.node], hop.span, tokens, SHAPE, RULES) for hop in hops)
 
     if found:
         kept = [limit_s for limit_s in RULES.rebuild_limits_s if limit_s >= slowest_s(anyhow)]

@@ -18,8 +18,8 @@ OBEDIENT = "import time; print('up', flush=True); time.sleep(60)"
 STUBBORN = "import signal, time; signal.signal(15, signal.SIG_IGN); print('up', flush=True); time.sleep(60)"
 
 
-def child(tmp_path: Path, code: str, told: list[str]) -> Child:
-    return Child("worker", [sys.executable, "-c", code], {"MARK": "1"}, tmp_path / "worker.output", told.append)
+def child(tmp_path: Path, code: str, told: list[str], rest_s: float = 0.0) -> Child:
+    return Child("worker", [sys.executable, "-c", code], {"MARK": "1"}, tmp_path / "worker.output", told.append, rest_s)
 
 
 async def until(holds: Callable[[], bool]) -> None:
@@ -51,6 +51,24 @@ def test_a_child_that_is_killed_comes_back(tmp_path: Path) -> None:
     run(work)
     assert len(told) == 1
     assert "signal 9" in told[0]
+
+
+def test_a_child_that_is_to_rest_stays_away_for_so_long(tmp_path: Path) -> None:
+    told: list[str] = []
+
+    async def work() -> None:
+        worker = child(tmp_path, OBEDIENT, told, rest_s=0.5)
+        await worker.start()
+        first = worker.pid
+        assert first is not None
+        os.kill(first, signal.SIGKILL)
+        await until(lambda: bool(told))
+        told_s = asyncio.get_running_loop().time()
+        await until(lambda: worker.pid not in (None, first))
+        assert asyncio.get_running_loop().time() - told_s > 0.4
+        await worker.stop(2.0)
+
+    run(work)
 
 
 def test_a_child_that_cannot_live_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

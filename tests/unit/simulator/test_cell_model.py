@@ -47,6 +47,21 @@ def test_rows_that_wait_together_share_a_call() -> None:
     assert sorted(model.seen.token_s) == pytest.approx([0.04, *[0.02 + 0.02 + 4 * three] * 3])
 
 
+def test_a_device_that_comes_twice_takes_room_twice_and_gives_both_back() -> None:
+    """The first dies; of the others, one goes on with its own layers and takes the lost ones besides."""
+    thirds = (Span(0, 1), Span(1, 3), Span(3, 4))
+    model = cell((thirds[0],), (thirds[1],), (thirds[0], thirds[2]))
+    model.offer(0.0, Asked(0, 40))
+    model.at(1.0, lambda: model.fail(0))
+    model.at(1.1, lambda: model.change(0, Machine(speed=SPEED, pieces=(), kv_bytes=10**6)))
+    model.run(3.0)
+    assert model.kv_free()[model.names[2]] == 10**6 - 2 * kv_bytes(Span(0, 1), 10, SHAPE)
+    model.run(100.0)
+    assert (model.seen.finished, model.seen.tokens, model.seen.repairs) == (1, 40, 1)
+    assert set(model.kv_free().values()) == {10**6}
+    assert model.use_of(2) == 0
+
+
 def test_full_calls_reach_the_rate_at_sixteen_rows() -> None:
     model = cell(HALVES, rtt_s=0.0)
     model.keep_running(64, lambda: Asked(0, 50))

@@ -1,0 +1,54 @@
+"""What a chain's stages are called, and what each is told when rows are to flow. Values only.
+
+A device that comes twice in a chain holds two stages of the session, which must not be taken for each other: each has
+its own name there (`Hop.visit`, `domain.ids.at_visit`), in its grant and in every frame.
+"""
+
+from collections.abc import Sequence
+
+from fallow.domain.fleet import Hop
+from fallow.domain.frames import Flow, StageState
+from fallow.domain.ids import NodeId, SessionId, at_visit
+from fallow.policy.recovery import ChainPlan, Rewind, StagePosition, valid_tokens
+
+
+def stage_of(session: SessionId, hop: Hop) -> tuple[NodeId, SessionId]:
+    """A hop's device, and the session's name there."""
+    return hop.address.node, at_visit(session, hop.visit)
+
+
+def left_behind(session: SessionId, before: Sequence[Hop], after: Sequence[Hop]) -> list[tuple[NodeId, SessionId]]:
+    """Stages that are not part of a chain any more, or are for other layers now."""
+    stay = {(*stage_of(session, hop), hop.span) for hop in after}
+    return [stage_of(session, hop) for hop in before if (*stage_of(session, hop), hop.span) not in stay]
+
+
+def positions(states: Sequence[StageState], fed: int, rewinds: Sequence[Rewind]) -> list[StagePosition]:
+    """Where stages stand by their word; `fed` and `rewinds` as `valid_tokens` has them."""
+    return [StagePosition(s.position, s.log_start, valid_tokens(fed, s.flowed_epoch, rewinds)) for s in states]
+
+
+def layers_anew(hops: Sequence[Hop], stages: Sequence[StagePosition], received: int) -> int:
+    """How many layers have rows to compute whose results were here before."""
+    behind = (min(stage.position, stage.valid) < received for stage in stages)
+    return sum(hop.span.layer_count for hop, is_behind in zip(hops, behind, strict=True) if is_behind)
+
+
+def flows(session: SessionId, epoch: int, hops: Sequence[Hop], plan: ChainPlan, results_from: int) -> tuple[Flow, ...]:
+    """For each hop, in order, from whom its rows come, where they go, and from which position on."""
+    names = [at_visit(session, hop.visit) for hop in hops]
+    following = [*zip((hop.address for hop in hops[1:]), names[1:], strict=True), (None, None)]
+    previous = [None, *(hop.address.node for hop in hops[:-1])]
+    return tuple(
+        Flow(
+            session=names[index],
+            epoch=epoch,
+            previous=previous[index],
+            next=following[index][0],
+            next_session=following[index][1],
+            forward_from=stage.forward_from,
+            results_from=results_from,
+            rewind_to=stage.rewind_to,
+        )
+        for index, stage in enumerate(plan.stages)
+    )
