@@ -6,6 +6,7 @@ Everything else asks for contracts. Swap an adapter here and nothing else change
 import ipaddress
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
@@ -71,10 +72,16 @@ async def join_bus(config: Config, member: Membership) -> Bus:
     return await NatsBus.connect(bus_urls(config, member), member.who.node, member)
 
 
-def bus_urls(config: Config, member: Membership) -> tuple[str, ...]:
-    """Where a member finds the bus: where its settings say, else where the registrar says."""
-    urls = member.places.bus_urls if config.bus.url is None else (config.bus.url,)
-    if not urls:
+def bus_urls(config: Config, member: Membership) -> Callable[[], tuple[str, ...]]:
+    """Where a member finds the bus, each time that it is asked: where its settings say, else where the registrar says.
+
+    Raises `ConfigError` when neither does now.
+    """
+
+    def urls() -> tuple[str, ...]:
+        return member.places.bus_urls if config.bus.url is None else (config.bus.url,)
+
+    if not urls():
         raise ConfigError("The registrar does not say where the control bus is; set bus.url.")
     return urls
 
@@ -84,8 +91,7 @@ def charter_source(member: Membership, folder: Path) -> CharterSource:
     from fallow.trust.council.client import CharterClient
     from fallow.trust.council.fetch import HttpFetcher
 
-    urls = [f"{url}/tuf/" for url in member.places.registrar_urls]
-    fetcher = HttpFetcher(urls, member.network.authority_pem)
+    fetcher = HttpFetcher(lambda: [f"{url}/tuf/" for url in member.registrar_urls], member.network.authority_pem)
     return CharterClient(member.network.tuf_root, member.digest, folder, fetcher)
 
 
@@ -112,7 +118,7 @@ def presence_of(config: Config, member: Membership) -> PresenceWatcher | None:
 
     if member.system_passport is None:
         return None
-    return NatsPresence(bus_urls(config, member)[0], SystemCredentials(member), member.network.account)
+    return NatsPresence(bus_urls(config, member), SystemCredentials(member), member.network.account)
 
 
 def link_address(config: Config, chosen: str | None) -> str:

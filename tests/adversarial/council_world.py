@@ -20,9 +20,9 @@ from fallow.trust.council.client import CharterClient
 from fallow.trust.council.fetch import FolderFetcher
 from fallow.trust.council.files import read_base
 from fallow.trust.council.halts import read_halt
+from fallow.trust.council.lists import listing
 from fallow.trust.council.proposals import Base, Proposal
 from fallow.trust.council.publication import InForce
-from fallow.trust.council.publisher import listing
 from fallow.trust.council.repository import Repository
 from fallow.trust.keys import Identity, identity_of
 
@@ -42,6 +42,13 @@ COUNCIL = {ALICE.node: "alice", BOB.node: "bob", CAROL.node: "carol"}
 MANIFEST = b'{"name":"honest"}'
 MODEL = tuf.sha256(MANIFEST)
 POLICY = FleetPolicy(epoch=1, lease_s=LEASE_S)
+LIST = tuf.role_of(tuf.MODELS, "publisher")
+"""The publisher's role, and the name of its list."""
+
+
+def path_of(manifest: bytes, role: str = LIST) -> str:
+    """Where a publisher lists a manifest."""
+    return tuf.path_of(role, tuf.sha256(manifest))
 
 
 def write_key(folder: Path, key: Identity) -> None:
@@ -73,7 +80,7 @@ class World:
             members=members,
             threshold=threshold,
             online=ONLINE.node,
-            publishers={tuf.MODELS: {PUBLISHER.node: "publisher"}},
+            publishers={LIST: PUBLISHER.node},
         )
         self.put_in_force(founding(wanted, self.now), [*[ALICE, BOB, CAROL][:threshold], PUBLISHER])
         self.publish_model(MANIFEST)
@@ -88,11 +95,18 @@ class World:
     def propose(self, **wanted: Any) -> Proposal:
         return proposal(self.base(), Wanted(**wanted), self.now)
 
-    def publish_model(self, manifest: bytes) -> Digest:
+    def publish_model(self, manifest: bytes, publisher: Identity = PUBLISHER) -> Digest:
         digest = tuf.sha256(manifest)
-        files = {f"models/{digest}.json": manifest}
-        self.repository.publish(listing(self.repository.in_force(), tuf.MODELS, files, PUBLISHER, self.now), self.now)
+        state = self.repository.in_force()
+        self.repository.publish(listing(state, tuf.MODELS, {digest: manifest}, publisher, self.now), self.now)
         return digest
+
+    def add_publisher(self, publisher: Identity, name: str) -> str:
+        """The council makes one of models, besides those that there are; gives the role."""
+        role = tuf.role_of(tuf.MODELS, name)
+        held = tuf.publishers(self.repository.in_force().targets.signed)
+        self.put_in_force(self.propose(publishers={**held, role: publisher.node}), [ALICE, BOB, publisher])
+        return role
 
     def serve(self) -> None:
         """Let devices see what the honest repository holds."""

@@ -448,6 +448,25 @@ def test_a_revoked_device_that_comes_back(tmp_path: Path) -> None:
     asyncio.run(main())
 
 
+def test_a_revoked_coordinator_goes_on_watching_who_comes_and_goes(tmp_path: Path) -> None:
+    """
+    Attack: a coordinator's key is revoked, and goes on with its credential for the system account, an hour's.
+    Expected: cut there too, and `PassportRefused` when it comes back with that credential.
+    Unharmed: the registrar's own connection to that account, and Alice.
+    """
+
+    async def main() -> None:
+        async with trusted_rig(tmp_path) as r:
+            watching = r.network.presence()
+            watcher = await r.join(watching)
+            await r.revoke(watching.identity.node)
+            await eventually(lambda: not watcher.connected)
+            await refused(r, watching, "revoked")
+            assert r.buses[1].connected, "it brought the news"
+
+    asyncio.run(main())
+
+
 def test_a_device_that_undoes_a_revocation(tmp_path: Path) -> None:
     """
     Attack: Mallory has friends bring the server the account as it was before her revocation: the text is known.

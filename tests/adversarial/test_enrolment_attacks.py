@@ -5,8 +5,11 @@ in tests/adversarial/test_bus_attacks.py and tests/system/test_enrolment.py.
 """
 
 import asyncio
+import hashlib
+import math
 import threading
-from collections.abc import Coroutine
+import time
+from collections.abc import Awaitable, Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +17,7 @@ import msgspec
 import pytest
 import sqlalchemy as sql
 
-from fallow.domain.credentials import PASSPORT_LIFE_S, Role
+from fallow.domain.credentials import PASSPORT_LIFE_S, Departure, RevocationList, Role
 from fallow.domain.errors import (
     CharterInvalid,
     FallowError,
@@ -25,15 +28,18 @@ from fallow.domain.errors import (
     RequestRefused,
     SignatureInvalid,
 )
-from fallow.domain.fleet import Tier
+from fallow.domain.fleet import LeaderChanged, Tier
 from fallow.domain.ids import NodeId
-from fallow.domain.network import BUS_NAME, REGISTRAR_NAME
+from fallow.domain.network import BUS_NAME, REGISTRAR_NAME, Places
 from fallow.gateway.server import ServerLimits, serve
 from fallow.policy.enrolment import INVITATIONS_OPEN_AFAR_MAX
 from fallow.system_clock import SystemClock
 from fallow.trust.certificates import client_context, server_certificate, server_context, write_private
-from fallow.trust.envelope import Envelope
-from fallow.trust.keys import Identity, new_identity
+from fallow.trust.envelope import Envelope, seal, unseal
+from fallow.trust.envelope import Kind as Kinds
+from fallow.trust.grants import Author, signed_by_coordinator
+from fallow.trust.jwt import MESSAGE_BYTES_MAX
+from fallow.trust.keys import Identity, new_identity, user_nkey
 from fallow.trust.membership import enrol, enrolment_of, load
 from fallow.trust.passports import PassportReader
 from fallow.trust.registrar import database as db
@@ -42,11 +48,11 @@ from fallow.trust.registrar.consent import sign_consent
 from fallow.trust.registrar.invitations import from_text
 from fallow.trust.registrar.journal import Head, Kind, verify
 from fallow.trust.registrar.journal_db import append, read_all
-from fallow.trust.registrar.requests import Enrol, Invite, Renew, Revoke, Withdraw
+from fallow.trust.registrar.requests import Enrol, Invite, Leave, Renew, Revoke, Withdraw
 from fallow.trust.registrar_client import RegistrarClient, meet, met
 from fallow.trust.revocation_watch import CHECKS
-from tests.unit.trust.registrar_world import HandClock, World, served
-from tests.unit.trust.test_revocation_watch import Process, joined
+from tests.unit.trust.registrar_world import HandClock, World, cut_by, served
+from tests.unit.trust.test_revocation_watch import SUBJECTS, Process, joined, until
 
 
 @pytest.fixture
@@ -261,6 +267,108 @@ def test_a_revoked_device_comes_back_by_every_door(world: World) -> None:
     unharmed(world, device.node, other.node)
 
 
+def test_a_device_that_left_goes_on_with_what_it_was_given(world: World) -> None:
+    """
+    Attack: a coordinator leaves, comes back as a reader within the second, and shows its coordinator's passport.
+    Expected: `PassportRefused`, before it comes back and after; the invitation that it came with first admits nobody.
+    Unharmed: its new membership: the reader's passport is believed, and the key is welcome.
+    """
+    who, first = new_identity(), world.invitation(Role.COORDINATOR)
+    world.ask(who, world.enrolment(who, first))
+    passport = world.renewed(who).passport
+    reader = PassportReader(world.state.network, world.clock)
+    world.ask(who, Leave())
+    assert reader.learn(world.word.revocations()) is not None
+    assert reader.revoked(who.node)
+    with pytest.raises(PassportRefused, match="revoked"):
+        reader.read(passport, holder=who.node)
+    with pytest.raises(InvitationRefused, match="left since"):
+        world.ask(who, world.enrolment(who, first))
+    world.ask(who, world.enrolment(who, world.invitation(Role.READER)))
+    assert reader.learn(world.word.revocations()) is not None
+    with pytest.raises(PassportRefused, match="revoked"):
+        reader.read(passport, holder=who.node)
+    assert reader.read(world.renewed(who).passport, holder=who.node).role is Role.READER
+    assert not reader.revoked(who.node)
+    unharmed(world, who.node)
+
+
+def test_a_captured_bus_says_that_the_registrar_is_elsewhere(world: World, tmp_path: Path) -> None:
+    """
+    Attack: the bus tells a device of another registrar, in its own words; then it plays the true word of where the
+    registrar was once, and there somebody answers with the bus's certificate.
+    Expected: the forged word is not believed; of the true one's place, the certificate is not (`RegistrarUnavailable`).
+    Unharmed: the device finds its registrar where it was, and believes its next word as before.
+    """
+    stolen = server_certificate(world.state.authority, BUS_NAME, world.clock.unix_s())
+    write_private(tmp_path / "tls.pem", stolen.certificate_pem)
+    write_private(tmp_path / "tls.key", stolen.key_pem)
+    tls = server_context(tmp_path / "tls.pem", tmp_path / "tls.key")
+
+    async def scenario() -> None:
+        impostor = RegistrarApi(world.registrar, world.word, world.repository, world.clock)
+        there = await serve(impostor.app(), "127.0.0.1", 0, ServerLimits(shutdown_s=0.05), tls=tls)
+        world.places((there.url,))
+        world.word.tell_places()
+        once = world.word.revocations()  # signed when the registrar was where the impostor is now
+        async with served(world, connections=ServerLimits(shutdown_s=0.05)) as server:
+            world.word.tell_places()
+            member, victim = await joined(world, tmp_path / "device"), world.member()
+            process, here = Process(member, tmp_path / "device"), member.places
+            await process.start()
+            bus, false = process.hub.connect("captured"), Places(registrar_urls=(there.url,), bus_urls=())
+            forged = RevocationList(
+                sequence=1 << 50, issued_unix_s=time.time(), cell="home", revocations=(), places=false
+            )
+            await bus.publish(SUBJECTS.revocations, seal(Kinds.REVOCATIONS, forged, new_identity()))
+            await bus.publish(SUBJECTS.revocations, once)
+            world.registrar.revoke(victim.node, "lost")
+            await bus.publish(SUBJECTS.revocations, world.word.revocations())
+            await until(lambda: process.passports.revoked(victim.node))
+            assert member.places == here, "nobody else's word, and no old one after a newer"
+            member.moved(false, world.word.sequence() + 1)  # as who hears the old word first, and no other
+            async with RegistrarClient(member.known, [there.url]) as lost:
+                with pytest.raises(RegistrarUnavailable, match="CERTIFICATE_VERIFY_FAILED"):
+                    await lost.places()
+            await member._renew()
+            assert (member.places, member.registrar_urls) == (here, (server.url, there.url))
+            await process.close()
+        await there.close()
+
+    run(scenario())
+
+
+def test_an_old_list_leads_a_device_away_from_where_the_registrar_answered(world: World, tmp_path: Path) -> None:
+    """
+    Attack: the bus keeps the registrar's lists from a device, until the registrar has moved and the device has its
+    passport from there; then it plays the last list from before the move, which the device never heard.
+    Expected: the device looks on where the registrar answered it, and after a restart too.
+    Unharmed: the revocations in that list are believed; the next move that it hears of is followed.
+    """
+
+    async def scenario() -> None:
+        folder, victim = tmp_path / "device", world.member()
+        world.word.tell_places()
+        world.registrar.revoke(victim.node, "lost")
+        once = world.word.revocations()
+        async with served(world, connections=ServerLimits(shutdown_s=0.05)):
+            world.word.tell_places()
+            first = await joined(world, folder)
+            here = first.places
+            await first.close()
+            process = Process(load(folder, first.who, SystemClock()), folder)
+            await process.watch._on_list("", once)
+            assert process.passports.revoked(victim.node)
+            assert process.member.places == here
+            world.places(("https://127.0.0.1:2",))
+            world.word.tell_places()
+            await process.watch._on_list("", world.word.revocations())
+            assert process.member.places.registrar_urls == ("https://127.0.0.1:2",)
+            await process.close()
+
+    run(scenario())
+
+
 def test_a_revoked_device_writes_its_name_in_capitals(world: World) -> None:
     """
     Attack: a revoked device signs as before, but spells its key in capitals, under which no list knows it.
@@ -291,6 +399,150 @@ def test_an_old_list_of_revocations_is_played_again(world: World) -> None:
     assert reader.learn(world.word.revocations()) is not None
     assert reader.learn(old) is None
     assert reader.revoked(device.node)
+
+
+def test_an_old_list_keeps_a_device_out_that_came_back(world: World) -> None:
+    """
+    Attack: the bus plays the list from when a device left to a process that has heard none yet: an hour after it came
+    back, and a month later.
+    Expected: of an hour ago, until the newest list comes, which frees the device whether it names it or not; of a
+    month ago, not at all.
+    Unharmed: the device's new passport is believed.
+    """
+    assert isinstance(world.clock, HandClock)
+    device, other = world.member(), world.member()
+    world.ask(device, Leave())
+    old = world.word.revocations()
+    world.clock.now_s += 60.0
+    world.ask(device, world.enrolment(device, world.invitation()))
+    world.clock.now_s += 3600.0
+    reader = PassportReader(world.state.network, world.clock)
+    assert reader.learn(old) is not None and reader.learn(world.word.revocations()) is not None
+    assert not reader.revoked(device.node)
+    world.clock.now_s += 30 * 86_400.0
+    reader = PassportReader(world.state.network, world.clock)
+    assert reader.learn(old) is None and not reader.revoked(device.node)
+    world.registrar.revoke(other.node, "lost")
+    assert reader.learn(world.word.revocations()) is not None
+    reader.read(world.renewed(device).passport, holder=device.node)
+
+
+def test_a_captured_bus_plays_an_old_list_before_the_registrar_is_asked(world: World, tmp_path: Path) -> None:
+    """
+    Attack: the bus plays the list from when a device left, as soon as a process listens, which knows of none.
+    Expected: the process has asked the registrar before it listens, and the list is not newer.
+    Unharmed: the device that came back is welcome from the first moment on.
+    """
+    assert isinstance(world.clock, HandClock)
+    device = world.member()
+    world.ask(device, Leave())
+    old = world.word.revocations()
+    world.ask(device, world.enrolment(device, world.invitation()))
+
+    async def scenario() -> None:
+        async with served(world):
+            process = Process(await joined(world, tmp_path / "device"), tmp_path / "device")
+            honest, said = process.hub.connect("process"), []
+
+            class Replaying:
+                async def subscribe(self, subject: str, handler: Callable[[str, bytes], Awaitable[None]]) -> object:
+                    await handler(subject, old)
+                    said.append(process.passports.revoked(device.node))
+                    return await honest.subscribe(subject, handler)
+
+            await process.watch.start(Replaying(), SUBJECTS)  # type: ignore[arg-type]
+            assert said == [False]
+            await process.close()
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("ahead_s", [1000.0, 0.0])
+def test_a_coordinator_that_came_back_is_revoked_and_goes_on(world: World, ahead_s: float) -> None:
+    """
+    Attack: a coordinator leaves and comes back, after the registrar's clock was ahead, or within a second, so that its
+    new passport is of later than now; its key is stolen and revoked at once, and the thief goes on with that passport.
+    Expected: the revocation reaches it: `PassportRefused` for the passport and for what the key signs, and the bus cuts
+    it, whatever the clock says afterwards.
+    Unharmed: another coordinator's words are believed.
+    """
+    assert isinstance(world.clock, HandClock)
+    world.clock.now_s = math.floor(world.clock.now_s) + 0.1 + ahead_s
+    who, honest = world.member(Role.COORDINATOR), world.member(Role.COORDINATOR)
+    world.renewed(who)
+    world.clock.now_s -= ahead_s
+    world.ask(who, Leave())
+    world.clock.now_s += 0.1
+    world.ask(who, world.enrolment(who, world.invitation(Role.COORDINATOR)))
+    stolen = world.renewed(who)
+    assert stolen.issued_unix_s > world.clock.now_s
+    world.clock.now_s += 0.1
+    reader = PassportReader(world.state.network, world.clock)
+    world.registrar.revoke(who.node, "stolen")
+    reader.learn(world.word.revocations())
+    world.clock.now_s += ahead_s + 1.0
+    with pytest.raises(PassportRefused, match="revoked"):
+        reader.read(stolen.passport, holder=who.node)
+    for account_jwt in world.word.accounts().values():
+        assert cut_by(account_jwt)[user_nkey(who.node)] >= int(stolen.issued_unix_s)
+    said = LeaderChanged(epoch=1, name="a coordinator")
+    for each, passport in ((who, stolen.passport), (honest, world.renewed(honest).passport)):
+        signed = Author(each, lambda shown=passport: shown, "home", world.clock.unix_s).signed(Kinds.LEADER, said)
+        if each is honest:
+            signed_by_coordinator(Kinds.LEADER, LeaderChanged, signed, "home", reader)
+        else:
+            with pytest.raises(PassportRefused, match="revoked"):
+                signed_by_coordinator(Kinds.LEADER, LeaderChanged, signed, "home", reader)
+
+
+def test_a_revoked_coordinator_signs_with_a_passport_that_its_revocation_does_not_reach(world: World) -> None:
+    """
+    Attack: a revoked coordinator holds a passport of later than its revocation, as a restored database makes them.
+    Expected: `PassportRefused` for what it signs: the key itself is out.
+    Unharmed: the passport alone, which is within its time, is read as before.
+    """
+    assert isinstance(world.clock, HandClock)
+    who = world.member(Role.COORDINATOR)
+    reader = PassportReader(world.state.network, world.clock)
+    world.registrar.revoke(who.node, "stolen")
+    reader.learn(world.word.revocations())
+    with world.database.writing() as connection:
+        connection.execute(sql.update(db.enrolments).values(revoked_unix_s=None))
+    world.clock.now_s += 2.0
+    later = world.renewed(who).passport
+    reader.read(later, holder=who.node)
+    said = LeaderChanged(epoch=1, name="a coordinator")
+    signed = Author(who, lambda: later, "home", world.clock.unix_s).signed(Kinds.LEADER, said)
+    with pytest.raises(PassportRefused, match="revoked"):
+        signed_by_coordinator(Kinds.LEADER, LeaderChanged, signed, "home", reader)
+
+
+def test_leavers_crowd_a_revocation_out_of_what_the_bus_is_told(world: World) -> None:
+    """
+    Attack: 12,000 devices of one owner leave, so that the accounts' JWTs pass the bus's limit and no revocation is
+    brought to the server any more; after them a thief is revoked.
+    Expected: the JWTs stay below that limit, and name the thief, and so does everybody's list.
+    Unharmed: a device that came back is named to everybody as one that did, before all leavers.
+    """
+    thief, back = world.member(), world.member()
+    world.ask(back, Leave())
+    world.ask(back, world.enrolment(back, world.invitation()))
+    with world.database.writing() as connection:
+        row = connection.execute(sql.select(db.enrolments).where(db.enrolments.c.node == back.node)).one()._asdict()
+        left_s = world.clock.unix_s() + 1.0
+        leavers = [
+            row | {"node": hashlib.sha256(b"%d" % index).hexdigest(), "left_unix_s": left_s} for index in range(12_000)
+        ]
+        connection.execute(sql.insert(db.enrolments), leavers)
+    world.registrar.revoke(thief.node, "stolen")
+    for account_jwt in world.word.accounts().values():
+        assert len(account_jwt) < 0.9 * MESSAGE_BYTES_MAX
+        assert user_nkey(thief.node) in cut_by(account_jwt)
+    told, _ = unseal(Kinds.REVOCATIONS, RevocationList, world.word.revocations())
+    assert [(each.node, each.departure) for each in told.revocations[:2]] == [
+        (thief.node, Departure.REVOKED),
+        (back.node, Departure.RETURNED),
+    ]
 
 
 def test_the_clock_of_a_registrar_is_set_back_to_keep_a_passport_alive(world: World) -> None:

@@ -8,11 +8,9 @@ import asyncio
 from pathlib import Path
 
 import msgspec
-import pytest
 
 from fallow.coordinator.roll import Roll
 from fallow.domain.credentials import Role
-from fallow.domain.errors import GrantRefused
 from fallow.domain.fleet import DropStage, Hop, PlaceStage, RouteRequest, Tier
 from fallow.domain.frames import CloseSession, Fault, OpenStage, PeerAddress, RenewGrant, Result
 from fallow.domain.grants import GRANT_LIFE_S, RECOMPUTED_MAX, Grant, Signed
@@ -273,7 +271,8 @@ def test_a_captured_coordinator_of_another_cell(tmp_path: Path) -> None:
         for by in (there, Author(there.identity, there.passport, CELL, there.unix_s)):
             (grant,) = Issuer(by, OpenLease()).issue(request, GATEWAY.node, (Hop(address=world.address, span=WHOLE),))
             assert codes(await gateway.say(world.opening(grant))) == ["grant_refused"]
-            order = SealedOrders(by, reader(world.clock)).seal(DropStage(model=world.entry.model, epoch=5), NODE.node)
+            drop = DropStage(model=world.entry.model, epoch=5)
+            order = SealedOrders(by, reader(world.clock)).seal(drop, NODE.node, world.agent.heartbeat().boot)
             assert not (await world.order(order)).ok
         await works(world, gateway)
 
@@ -291,7 +290,7 @@ def test_a_captured_coordinator_serves_a_model_that_nobody_signed(tmp_path: Path
         poisoned = Digest("6" * 64)
         stage = StageSpec(model=poisoned, pieces=(WHOLE,))
         command = PlaceStage(stage=stage, manifest_bytes=100, sources=(), epoch=2)
-        refused = await world.order(world.orders.seal(command, NODE.node))
+        refused = await world.order(world.seal(command))
         assert not refused.ok and "does not allow" in refused.message
         gateway = await world.party()
         request = RouteRequest(model=poisoned, session=SESSION, reserve_tokens=BUDGET)
@@ -306,21 +305,32 @@ def test_a_captured_coordinator_serves_a_model_that_nobody_signed(tmp_path: Path
 
 def test_an_order_said_again_by_a_captured_bus(tmp_path: Path) -> None:
     """
-    Attack: the bus's server keeps an order to drop a model, and gives it again later, or after a restart.
-    Expected: refused: it came before, or is of another time.
+    Attack: the bus's server keeps an order to drop a model, and gives it again at once, to a device that was killed and
+        started again meanwhile, and later.
+    Expected: refused: it came before, is for a run that is over, or is of another time.
     Unharmed: the model is served.
     """
 
     async def script(world: World) -> None:
-        drop = world.orders.seal(DropStage(model=world.entry.model, epoch=1), NODE.node)
+        drop = world.seal(DropStage(model=world.entry.model, epoch=1))
         assert (await world.order(drop)).ok
         await asyncio.sleep(1)
         assert (await world.order(world.place())).ok and await world.hosts()
         assert not (await world.order(drop)).ok
-        restarted = SealedOrders(author(world.clock, NODE, Role.NODE), reader(world.clock))
+        late = world.seal(DropStage(model=world.entry.model, epoch=1))
+        # As `kill -9` leaves it: nothing of what the device heard is there any more.
+        boot = world.agent.heartbeat().boot
+        await world.start_anew()
+        assert world.agent.heartbeat().boot != boot
+        assert (await world.order(world.place())).ok and await world.hosts()
+        for order in (drop, late):
+            refused = await world.order(order)
+            assert not refused.ok and "another run" in refused.message
+        drop = world.seal(DropStage(model=world.entry.model, epoch=1))
         world.clock.now_s += 200
-        with pytest.raises(GrantRefused, match="another time"):
-            restarted.unseal(drop, NODE.node)
+        refused = await world.order(drop)
+        assert not refused.ok and "another time" in refused.message
+        world.clock.now_s -= 200
         await works(world, await world.party())
 
     run(tmp_path, script)
@@ -339,7 +349,7 @@ def test_an_order_that_nobody_signed(tmp_path: Path) -> None:
         for role in Role:
             if role is not Role.COORDINATOR:
                 forger = SealedOrders(author(world.clock, STRANGER, role), reader(world.clock))
-                assert not (await world.order(forger.seal(command, NODE.node))).ok
+                assert not (await world.order(forger.seal(command, NODE.node, world.agent.heartbeat().boot))).ok
         assert world.agent._epoch == 1, "a forged order raises no epoch"
         await works(world, await world.party())
 

@@ -8,6 +8,7 @@ likes (a captured registrar, a captured line), and has the keys that the test na
 import copy
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -19,21 +20,26 @@ from typer.testing import CliRunner, Result
 from fallow.cli.app import app
 from fallow.domain.charter import FleetPolicy
 from fallow.domain.errors import CharterInvalid, ConfigError, NotWorking, SignatureInvalid
-from fallow.policy.council import HALT_EPOCHS_AHEAD, resuming_epoch
+from fallow.policy.council import HALT_EPOCHS_AHEAD, PUBLISHERS_MAX, resuming_epoch
+from fallow.trust.council import retention
 from fallow.trust.council import tuf_format as tuf
 from fallow.trust.council.ceremonies import publication_of, sign
 from fallow.trust.council.client import CharterClient
 from fallow.trust.council.fetch import FolderFetcher
+from fallow.trust.council.figures import FIGURES_FIELD
+from fallow.trust.council.files import Pin, check_pin, read_base
 from fallow.trust.council.halts import HaltBook, halt_text, seal_halt
-from fallow.trust.council.proposals import review
-from fallow.trust.council.publication import Publication
-from fallow.trust.council.publisher import listing
+from fallow.trust.council.lists import delisting, listing
+from fallow.trust.council.proposals import PROPOSAL_MAX_BYTES, Proposal, first_root_payload, review
+from fallow.trust.council.publication import Publication, verify
+from fallow.trust.council.repository import Repository
 from tests.adversarial.council_world import (
     ALICE,
     BOB,
     CAROL,
     COUNCIL,
     LEASE_S,
+    LIST,
     MALLORY,
     MANIFEST,
     MODEL,
@@ -44,6 +50,7 @@ from tests.adversarial.council_world import (
     Forger,
     World,
     identity,
+    path_of,
     write_key,
 )
 
@@ -123,11 +130,11 @@ def test_a_removed_model_comes_back(world: World) -> None:
     Expected: `CharterInvalid`: lists have versions, too.
     Unharmed: the newer list.
     """
-    old = world.repository.in_force().delegated[tuf.MODELS][1]
+    old = world.repository.in_force().delegated[LIST][1]
     added = world.publish_model(b'{"name":"second"}')
     world.serve()
     assert world.check().models == {MODEL, added}
-    Forger(world, ONLINE).lists({tuf.MODELS: old})
+    Forger(world, ONLINE).lists({LIST: old})
     refused(world)
 
 
@@ -139,9 +146,12 @@ def test_a_list_vanishes_from_the_snapshot(world: World) -> None:
     """
     thief = Forger(world, ONLINE)
     meta = dict(thief.state.snapshot.signed.meta)
-    del meta["models.json"]
+    del meta[f"{LIST}.json"]
     thief.snapshot(meta)
-    refused(world, "models")
+    refused(world, LIST)
+    fresh = CharterClient(world.repository.first_root(), NETWORK, world.folder / "fresh", FolderFetcher(world.served))
+    with pytest.raises(CharterInvalid, match="leaves the list"):  # and a device that never saw the list
+        fresh.check(world.now)
     world.recovers()
 
 
@@ -410,7 +420,7 @@ def test_one_key_under_two_ids_on_the_way_to_a_clean_council(world: World) -> No
 
 def test_a_publisher_counted_twice(world: World) -> None:
     """
-    Attack: two of two publishers must sign; the quorum was shown one key under two ids as two publishers.
+    Attack: the quorum was shown one key under two ids as two publishers, in one role or in two.
     Expected: `CharterInvalid`.
     Unharmed: no model of that publisher is loaded.
     """
@@ -418,10 +428,12 @@ def test_a_publisher_counted_twice(world: World) -> None:
     targets.signed.version += 1
     assert targets.signed.delegations is not None
     other = SSlibKey("0" * 64, "ed25519", "ed25519", {"public": PUBLISHER.node.upper()})
-    targets.signed.add_key(other, tuf.MODELS)
+    targets.signed.add_key(other, LIST)
     targets.signatures.clear()
     Forger(world, ONLINE).lists({"targets": tuf.sign(targets, [ALICE, BOB]).to_bytes()})
     refused(world, "twice")
+    with pytest.raises(CharterInvalid, match="two publishers"):
+        world.propose(publishers={LIST: PUBLISHER.node, "models-twin": PUBLISHER.node})
 
 
 # --- fast forward ---------------------------------------------------------------------------------
@@ -450,7 +462,7 @@ def test_fast_forward_and_recovery(world: World) -> None:
 
 def lists_of(world: World, targets: dict[str, TargetFile], delegations: Delegations | None = None) -> bytes:
     """A list of models with these entries, signed by the publisher whose key was stolen."""
-    current = world.repository.in_force().delegated[tuf.MODELS][0].signed
+    current = world.repository.in_force().delegated[LIST][0].signed
     expires = tuf.utc(world.now + tuf.LIST_LIFE_S)
     merged = {**current.targets, **targets}
     signed = Targets(version=current.version + 1, expires=expires, targets=merged, delegations=delegations)
@@ -470,21 +482,21 @@ def test_a_publisher_signs_a_policy(world: World) -> None:
     data = tuf.encode_policy(LOOSE)
     forged = lists_of(world, target(tuf.POLICY, data))
     with pytest.raises(CharterInvalid, match="may not sign this"):
-        world.repository.publish(Publication(delegated={tuf.MODELS: forged}, files={tuf.POLICY: data}), world.now)
+        world.repository.publish(Publication(delegated={LIST: forged}, files={tuf.POLICY: data}), world.now)
     thief = Forger(world, ONLINE)
     thief.target(f"{tuf.sha256(data)}.{tuf.POLICY}", data)
-    thief.lists({tuf.MODELS: forged})
+    thief.lists({LIST: forged})
     assert world.check().policy == POLICY
     assert world.check().models == {MODEL}
 
 
 def test_a_publisher_of_models_signs_a_release(world: World) -> None:
     """
-    Attack: a publisher of models lists `releases/9.9.9.json`.
+    Attack: a publisher of models lists `releases/publisher/9.9.9.json`.
     Expected: no device takes it for a release.
     Unharmed: models and releases.
     """
-    Forger(world, ONLINE).lists({tuf.MODELS: lists_of(world, target("releases/9.9.9.json", b"evil"))})
+    Forger(world, ONLINE).lists({LIST: lists_of(world, target("releases/publisher/9.9.9.json", b"evil"))})
     assert world.check().releases == frozenset()
     assert world.check().models == {MODEL}
 
@@ -496,13 +508,23 @@ def test_a_model_under_another_models_digest(world: World) -> None:
     Unharmed: the honest model.
     """
     trusted = "7" * 64
-    Forger(world, ONLINE).lists({tuf.MODELS: lists_of(world, target(f"models/{trusted}.json", b"evil"))})
+    Forger(world, ONLINE).lists({LIST: lists_of(world, target(f"models/publisher/{trusted}.json", b"evil"))})
     assert world.check().models == {MODEL}
 
 
 @pytest.mark.parametrize(
     "path",
-    ["models/../policy.json", "models/a/b.json", "/models/x.json", "models/" + "A" * 64 + ".json", "models/.json"],
+    [
+        "models/../policy.json",
+        "models/publisher/../policy.json",
+        "models/publisher/a/b.json",
+        "/models/publisher/x.json",
+        "models/publisher/" + "A" * 64 + ".json",
+        "models/publisher/.json",
+        "models/publisher",
+        f"{tuf.sha256(b'evil')}.json",
+        f"models/publisher/{tuf.sha256(b'evil')}",
+    ],
 )
 def test_a_path_that_escapes(world: World, path: str) -> None:
     """
@@ -512,8 +534,8 @@ def test_a_path_that_escapes(world: World, path: str) -> None:
     """
     forged = lists_of(world, target(path, b"evil"))
     with pytest.raises(CharterInvalid):
-        world.repository.publish(Publication(delegated={tuf.MODELS: forged}, files={path: b"evil"}), world.now)
-    Forger(world, ONLINE).lists({tuf.MODELS: forged})
+        world.repository.publish(Publication(delegated={LIST: forged}, files={path: b"evil"}), world.now)
+    Forger(world, ONLINE).lists({LIST: forged})
     assert world.check().models == {MODEL}
 
 
@@ -525,10 +547,10 @@ def test_a_model_that_nobody_signed(world: World) -> None:
     """
     evil = tuf.sha256(b"evil")
     assert evil not in world.check().models
-    current = world.repository.in_force().delegated[tuf.MODELS][0].signed
+    current = world.repository.in_force().delegated[LIST][0].signed
     forged = Targets(version=current.version + 1, expires=tuf.utc(world.now + 1000))
-    forged.targets = {**current.targets, **target(f"models/{evil}.json", b"evil")}
-    Forger(world, ONLINE).lists({tuf.MODELS: tuf.sign(Metadata(forged), [MALLORY]).to_bytes()})
+    forged.targets = {**current.targets, **target(path_of(b"evil"), b"evil")}
+    Forger(world, ONLINE).lists({LIST: tuf.sign(Metadata(forged), [MALLORY]).to_bytes()})
     refused(world, "signed by 0/1")
     with pytest.raises(CharterInvalid, match="has not made"):
         listing(world.repository.in_force(), tuf.MODELS, {}, MALLORY, world.now)
@@ -550,16 +572,16 @@ def test_a_publisher_who_was_voted_out(world: World) -> None:
     """
     Attack: a publisher whose key was replaced goes on publishing.
     Expected: `CharterInvalid`, in the repository and on devices.
-    Unharmed: the list, which the new publisher signed anew.
+    Unharmed: the list, which the new key signed anew.
     """
     heir = identity("heir")
-    world.put_in_force(world.propose(publishers={tuf.MODELS: {heir.node: "heir"}}), [ALICE, BOB, heir])
+    world.put_in_force(world.propose(publishers={LIST: heir.node}), [ALICE, BOB, heir])
     world.serve()
     assert world.check().models == {MODEL}
-    forged = lists_of(world, target(f"models/{tuf.sha256(b'evil')}.json", b"evil"))
+    forged = lists_of(world, target(path_of(b"evil"), b"evil"))
     with pytest.raises(CharterInvalid, match="0 valid signatures of the 1"):
-        world.repository.publish(Publication(delegated={tuf.MODELS: forged}), world.now)
-    Forger(world, ONLINE).lists({tuf.MODELS: forged})
+        world.repository.publish(Publication(delegated={LIST: forged}), world.now)
+    Forger(world, ONLINE).lists({LIST: forged})
     refused(world, "signed by 0/1")
 
 
@@ -572,15 +594,15 @@ def test_a_list_that_runs_out_on_purpose(world: World, caplog: pytest.LogCapture
     """
     for life_s in (60.0, tuf.LIFE_MIN_S - 60):
         expires = tuf.utc(world.now + life_s)
-        current = world.repository.in_force().delegated[tuf.MODELS][0].signed
+        current = world.repository.in_force().delegated[LIST][0].signed
         short = Targets(version=current.version + 1, expires=expires, targets=current.targets)
         signed = tuf.sign(Metadata(short), [PUBLISHER]).to_bytes()
         with pytest.raises(CharterInvalid, match="7 days"):
-            world.repository.publish(Publication(delegated={tuf.MODELS: signed}), world.now)
+            world.repository.publish(Publication(delegated={LIST: signed}), world.now)
     expires = tuf.utc(world.now + tuf.LIFE_MIN_S + 1)
     week = Targets(version=current.version + 1, expires=expires, targets=current.targets)
     signed = tuf.sign(Metadata(week), [PUBLISHER]).to_bytes()
-    world.repository.publish(Publication(delegated={tuf.MODELS: signed}), world.now)
+    world.repository.publish(Publication(delegated={LIST: signed}), world.now)
     world.renew(tuf.LIFE_MIN_S + 2)
     for _ in range(3):
         charter = world.check()
@@ -593,21 +615,20 @@ def test_a_list_that_runs_out_on_purpose(world: World, caplog: pytest.LogCapture
 
 def test_a_publisher_who_vetoes_the_own_replacement(world: World) -> None:
     """
-    Attack: a publisher whose key was stolen sees the council's proposal, and publishes list after list meanwhile, so
-    that the one in the proposal is never the next; the thief lists a model of its own.
+    Attack: a thief of a publisher's key sees the council's proposal to replace it, and publishes list after list
+    meanwhile, so that the one in the proposal is never the next; the thief lists a model of its own.
     Expected: the proposal is in force all the same, and what it withdraws is gone; the thief publishes no more.
-    Unharmed: the honest model, which the new publisher signed anew.
+    Unharmed: the honest model, which the new key signed anew.
     """
     evil = world.publish_model(b"evil")
     heir = identity("heir")
     wanted = {
-        "publishers": {tuf.MODELS: {heir.node: "heir"}},
-        "withdraw": {tuf.MODELS: frozenset({f"models/{evil}.json"})},
+        "publishers": {LIST: heir.node},
+        "withdraw": {LIST: frozenset({tuf.path_of(LIST, evil)})},
     }
     proposed = world.propose(**wanted)
-    shown = {(each.what, each.before, each.after) for each in review(proposed).changes}
-    assert ("models: withdrawn", f"models/{evil}.json", "") in shown
-    assert ("models: signed anew", f"models/{MODEL}.json", f"models/{MODEL}.json") in shown
+    assert (f"{LIST}: withdrawn", evil, "") in shown(proposed)
+    assert (f"{LIST}: signed anew", MODEL, MODEL) in shown(proposed)
     for index in range(5):
         world.publish_model(b"evil %d" % index)
     world.put_in_force(proposed, [ALICE, BOB, heir])
@@ -617,23 +638,470 @@ def test_a_publisher_who_vetoes_the_own_replacement(world: World) -> None:
     world.is_unharmed()
 
 
+def test_a_publisher_who_withdraws_what_the_own_replacement_keeps(world: World) -> None:
+    """
+    Attack: a thief of a publisher's key sees the council's proposal to replace it, and takes the honest model off the
+    list, so that the proposal names an entry whose file does not come; or has drafted one with false figures in it.
+    Expected: the proposal is in force all the same: the file is still here, and is checked again; `CharterInvalid` for
+    an entry that is not what Fallow makes of its file.
+    Unharmed: the honest model, which the new key signed anew.
+    """
+    heir = identity("heir")
+    proposed = world.propose(publishers={LIST: heir.node})
+    world.repository.publish(delisting(world.repository.in_force(), tuf.MODELS, MODEL, PUBLISHER, world.now), world.now)
+    world.publish_model(b"evil")
+    forged = tuf.read(Targets, proposed.delegated[LIST])
+    forged.signed.targets[path_of(MANIFEST)].unrecognized_fields["custom"] = {FIGURES_FIELD: {"name": "evil"}}
+    signed, _ = sign(proposed, [ALICE, BOB, heir])
+    lying = {LIST: tuf.sign(forged, [heir]).to_bytes()}
+    with pytest.raises(CharterInvalid, match="other figures"):
+        world.repository.publish(msgspec.structs.replace(publication_of(signed), delegated=lying), world.now)
+    world.put_in_force(proposed, [ALICE, BOB, heir])
+    world.is_unharmed()
+    assert world.repository.file(f"targets/models/publisher/{tuf.sha256(b'evil')}.{tuf.sha256(b'evil')}.json") is None
+
+
 def test_one_publisher_of_two_vetoes_the_own_removal(world: World) -> None:
     """
-    Attack: of two publishers one was captured, and signs the shared list again while the council removes it, so that
-    the list in force has no signature of a publisher who stays.
-    Expected: the proposal carried the list, signed by the one who stays, and is in force.
-    Unharmed: the models.
+    Attack: of two publishers one was captured, publishes meanwhile, and signs nothing of the proposal that removes it.
+    Expected: the proposal needs no word of it and is in force; whatever it signed is gone, and it publishes no more.
+    Unharmed: the other's models.
     """
-    other = identity("other")
-    both = {PUBLISHER.node: "publisher", other.node: "other"}
-    world.put_in_force(world.propose(publishers={tuf.MODELS: both}), [ALICE, BOB])
-    files = {f"models/{MODEL}.json": MANIFEST}
-    in_force = world.repository.in_force()
-    world.repository.publish(listing(in_force, tuf.MODELS, files, other, world.now), world.now)  # signed by who stays
-    proposed = world.propose(publishers={tuf.MODELS: {other.node: "other"}})
-    world.publish_model(b"evil")
-    world.put_in_force(proposed, [ALICE, BOB, other])
+    role = world.add_publisher(MALLORY, "other")
+    evil = world.publish_model(b"evil", MALLORY)
+    proposed = world.propose(publishers={LIST: PUBLISHER.node})
+    assert (f"{role}: withdrawn", evil, "") in shown(proposed)
+    world.publish_model(b"evil, too", MALLORY)
+    world.serve()
+    assert len(world.check().models) == 3
+    forged = world.repository.in_force().delegated[role][1]
+    world.put_in_force(proposed, [ALICE, BOB])
     world.is_unharmed()
+    with pytest.raises(CharterInvalid, match="has not made"):
+        world.publish_model(b"evil again", MALLORY)
+    with pytest.raises(CharterInvalid, match="delegated nothing to"):
+        world.repository.publish(Publication(delegated={role: forged}), world.now)
+    world.is_unharmed()
+
+
+def shown(proposed: Proposal) -> set[tuple[str, str, str]]:
+    return {(each.what, each.before, each.after) for each in review(proposed).changes}
+
+
+# --- publishers against each other ----------------------------------------------------------------
+
+
+def test_a_publisher_withdraws_anothers_model(world: World) -> None:
+    """
+    Attack: a publisher signs the other's list without the other's models, or the next version of it, empty.
+    Expected: `CharterInvalid`: a list counts by its own publisher's key; nobody's command even makes such a list.
+    Unharmed: the other's models, on devices, too, where a thief of the online key serves the forged list.
+    """
+    world.add_publisher(MALLORY, "other")
+    with pytest.raises(CharterInvalid, match="not listed in models-other"):
+        delisting(world.repository.in_force(), tuf.MODELS, MODEL, MALLORY, world.now)
+    current = world.repository.in_force().delegated[LIST][0].signed
+    empty = Targets(version=current.version + 1, expires=tuf.utc(world.now + tuf.LIST_LIFE_S))
+    forged = tuf.sign(Metadata(empty), [MALLORY]).to_bytes()
+    with pytest.raises(CharterInvalid, match="0 valid signatures of the 1"):
+        world.repository.publish(Publication(delegated={LIST: forged}), world.now)
+    world.is_unharmed()
+    Forger(world, ONLINE).lists({LIST: forged})
+    refused(world, "signed by 0/1")
+    world.recovers()
+
+
+def test_a_publisher_replaces_anothers_model(world: World) -> None:
+    """
+    Attack: a publisher lists a file of its own under the path of the other's model, and one under the other's digest.
+    Expected: `CharterInvalid` in the repository; the entries are not there for devices.
+    Unharmed: the other's model, and the file that stands behind its digest.
+    """
+    role = world.add_publisher(MALLORY, "other")
+    for path in (path_of(MANIFEST), path_of(b"evil"), tuf.path_of(role, MODEL)):
+        current = world.repository.in_force().delegated[role][0].signed
+        listed = Targets(version=current.version + 1, expires=tuf.utc(world.now + tuf.LIST_LIFE_S))
+        listed.targets = target(path, b"evil")
+        forged = tuf.sign(Metadata(listed), [MALLORY]).to_bytes()
+        with pytest.raises(CharterInvalid, match="may not sign this"):
+            world.repository.publish(Publication(delegated={role: forged}, files={path: b"evil"}), world.now)
+        world.serve()
+        Forger(world, ONLINE).lists({role: forged})
+        assert world.check().models == {MODEL}
+        shutil.rmtree(world.folder / "device")
+        world.client = world.new_client()
+    assert world.repository.file(f"targets/models/publisher/{MODEL}.{MODEL}.json") == MANIFEST
+
+
+def test_a_publisher_who_signs_anothers_model_and_withdraws_it_again(world: World) -> None:
+    """
+    Attack: a publisher signs the model of the other as well, so as to be the one whose word on it is the last.
+    Expected: it is signed twice; what the one takes back is the own signature.
+    Unharmed: the other's, and so the model; it is gone when both have taken it back.
+    """
+    world.add_publisher(MALLORY, "other")
+    assert world.publish_model(MANIFEST, MALLORY) == MODEL
+    world.is_unharmed()
+    for publisher, left in ((MALLORY, {MODEL}), (PUBLISHER, set())):
+        state = world.repository.in_force()
+        world.repository.publish(delisting(state, tuf.MODELS, MODEL, publisher, world.now), world.now)
+        world.renew()
+        assert world.check().models == left
+
+
+def test_a_publisher_shadows_anothers_list(world: World) -> None:
+    """
+    Attack: with the stolen online key, a publisher's list delegates the other's role, or the other's paths, to a key
+    of its own, so that devices load that list in the place of the other's.
+    Expected: what publishers delegate is never fetched; a list of another key in the other's place is refused.
+    Unharmed: the other's models.
+    """
+    role = world.add_publisher(MALLORY, "a-first-one")
+    key = tuf.public_key(MALLORY.node)
+    expires = tuf.utc(world.now + tuf.LIST_LIFE_S)
+    for paths in (["models/*/*.json"], ["*", "models/publisher/*.json", "models/a-first-one/*.json"]):
+        delegations = Delegations(
+            {key.keyid: key}, {LIST: DelegatedRole(LIST, [key.keyid], 1, terminating=True, paths=paths)}
+        )
+        current = world.repository.in_force().delegated[role][0].signed
+        listed = Targets(version=current.version + 1, expires=expires, delegations=delegations)
+        shadow = Targets(version=world.repository.in_force().delegated[LIST][0].signed.version, expires=expires)
+        forged = tuf.sign(Metadata(listed), [MALLORY]).to_bytes()
+        with pytest.raises(CharterInvalid, match="delegate nothing further"):
+            world.repository.publish(Publication(delegated={role: forged}), world.now)
+        world.serve()
+        Forger(world, ONLINE).lists({role: forged})
+        assert world.check().models == {MODEL}
+        thief = Forger(world, ONLINE)
+        both = {role: forged, LIST: tuf.sign(Metadata(shadow), [MALLORY]).to_bytes()}
+        thief.lists(both, snapshot_version=thief.state.snapshot.signed.version + 2)
+        refused(world, "signed by 0/1")
+        shutil.rmtree(world.folder / "device")
+        world.client = world.new_client()
+    world.recovers()
+
+
+def test_a_publisher_whose_list_breaks_takes_away_only_its_own(world: World) -> None:
+    """
+    Attack: a publisher lets its list run out (and with the stolen online key serves one that cannot be read), so that
+    checks fail, or everybody's models vanish.
+    Expected: that list lists nothing.
+    Unharmed: the other's models, policy and lease.
+    """
+    role = world.add_publisher(MALLORY, "other")
+    evil = world.publish_model(b"evil", MALLORY)
+    expires = tuf.utc(world.now + tuf.LIFE_MIN_S + 1)
+    current = world.repository.in_force().delegated[role][0].signed
+    week = Targets(version=current.version + 1, expires=expires, targets=current.targets)
+    short = tuf.sign(Metadata(week), [MALLORY]).to_bytes()
+    world.repository.publish(Publication(delegated={role: short}), world.now)
+    world.serve()
+    assert world.check().models == {MODEL, evil}
+    world.renew(tuf.LIFE_MIN_S + 2)
+    world.is_unharmed()
+    Forger(world, ONLINE).lists({role: b"\x00 no metadata"}, versions={role: current.version + 2})
+    assert (world.check().models, world.check().policy) == ({MODEL}, POLICY)
+
+
+def test_a_publisher_bloats_its_list(world: World) -> None:
+    """
+    Attack: a publisher's list grows until no proposal of the council, which brings all lists along, can be read.
+    Expected: `CharterInvalid` beyond `TARGETS_MAX_BYTES`; all lists of that size fit into a proposal.
+    Unharmed: the proposal that removes the publisher.
+    """
+    role = world.add_publisher(MALLORY, "other")
+    many = {path: each for n in range(8000) for path, each in target(path_of(b"%d" % n, role), b"%d" % n).items()}
+    listed = Targets(version=2, expires=tuf.utc(world.now + tuf.LIST_LIFE_S), targets=many)
+    forged = tuf.sign(Metadata(listed), [MALLORY]).to_bytes()
+    with pytest.raises(CharterInvalid, match="up to 1048576 bytes"):
+        world.repository.publish(Publication(delegated={role: forged}), world.now)
+    escaped = 2  # at worst, a quote or a backslash in the proposal's JSON
+    assert escaped * tuf.TARGETS_MAX_BYTES * PUBLISHERS_MAX * len(tuf.KINDS) < PROPOSAL_MAX_BYTES
+    world.put_in_force(world.propose(publishers={LIST: PUBLISHER.node}), [ALICE, BOB])
+    world.is_unharmed()
+
+
+def nested(depth: int) -> list[object]:
+    found: list[object] = []
+    for _ in range(depth):
+        found = [found]
+    return found
+
+
+def raw(metadata: Metadata[Targets]) -> bytes:
+    """Well signed, and not in ASCII as Fallow writes it."""
+    return json.dumps(metadata.to_dict(), ensure_ascii=False, sort_keys=True, separators=(",", ":")).encode()
+
+
+LONG = {"x": "\u00e9" * 4500}
+
+
+def custom(entry: TargetFile, value: object) -> None:
+    entry.unrecognized_fields["custom"] = value
+
+
+Forge = Callable[[Metadata[Targets], TargetFile], bytes | None]
+
+FORMS: dict[str, tuple[Forge, str]] = {
+    "nested deeply": (lambda list_, _: list_.signed.unrecognized_fields.update(x=nested(300)), "nested"),
+    "nested deeply in an entry": (lambda _, entry: custom(entry, nested(300)), "nested"),
+    "an unknown field": (lambda list_, _: list_.signed.unrecognized_fields.update(x=1), "does not use"),
+    "an unknown field beside what is signed": (lambda list_, _: list_.unrecognized_fields.update(x=1), "does not use"),
+    "an unknown field in an entry": (lambda _, entry: entry.unrecognized_fields.update(x=1), "does not use"),
+    "another digest in an entry": (lambda _, entry: entry.hashes.update(sha512="a" * 128), "does not use"),
+    "more beside the figures": (lambda _, entry: custom(entry, {"x": 1}), "other figures"),
+    "longer when it is signed again": (lambda list_, entry: custom(entry, LONG) or raw(list_), "in the form"),
+    "no room to be signed again": (lambda _, entry: custom(entry, "x" * (tuf.TARGETS_MAX_BYTES - 4000)), "too long"),
+}
+
+
+@pytest.mark.parametrize(("forge", "match"), FORMS.values(), ids=FORMS.keys())
+def test_a_publishers_list_in_a_form_that_others_read_differently(world: World, forge: Forge, match: str) -> None:
+    """
+    Attack: with a publisher's stolen key, a list is published that can be verified here and not read there (nested so
+    deep that it depends on the caller's stack), or that becomes too long when it is signed again, so that the network
+    stops, and the publisher can neither be replaced nor removed.
+    Expected: `CharterInvalid` before any file changes.
+    Unharmed: the registrar's renewals, halts, and the proposals that remove or replace the publisher.
+    """
+    role = world.add_publisher(MALLORY, "other")
+    folder = world.repository.folder
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    current, data = world.repository.in_force().delegated[role][0].signed, b"evil"
+    entry = TargetFile.from_data(tuf.path_of(role, tuf.sha256(data)), data, ["sha256"])
+    listed = Targets(version=current.version + 1, expires=tuf.utc(world.now + tuf.LIST_LIFE_S))
+    listed.targets = {entry.path: entry}
+    metadata = Metadata(listed)
+    forge(metadata, entry)
+    tuf.sign(metadata, [MALLORY])
+    forged = forge(metadata, entry) or metadata.to_bytes()  # once more: now it is signed
+    with pytest.raises(CharterInvalid, match=match):
+        world.repository.publish(Publication(delegated={role: forged}, files={entry.path: data}), world.now)
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    restarted = Repository(folder, world.folder / "online", NETWORK)
+    assert restarted.halts() == () and restarted.renew_timestamp(world.now) > world.now
+    heir = identity("heir")
+    held = tuf.publishers(world.repository.in_force().targets.signed)
+    world.put_in_force(world.propose(publishers={**held, role: heir.node}), [ALICE, BOB, heir])
+    world.put_in_force(world.propose(publishers={LIST: PUBLISHER.node}), [ALICE, BOB])
+    world.is_unharmed()
+
+
+def test_a_publication_that_cannot_be_finished(world: World) -> None:
+    """
+    Attack: something that a publication needs besides its documents (here the list of halts) was damaged.
+    Expected: the error, before any file changes.
+    Unharmed: what was in force, once the damage is mended.
+    """
+    halts = world.repository.folder / "halts.bin"
+    halts.write_bytes(b"\xc1")
+    before = {path: path.read_bytes() for path in world.repository.folder.rglob("*") if path.is_file()}
+    with pytest.raises(SignatureInvalid):
+        world.publish_model(b'{"name":"second"}')
+    assert {path: path.read_bytes() for path in world.repository.folder.rglob("*") if path.is_file()} == before
+    halts.unlink()
+    world.is_unharmed()
+
+
+def test_a_stranger_publishes_what_is_in_force(world: World) -> None:
+    """
+    Attack: somebody without any key posts empty publications, and what is in force, again and again: each would write
+    a snapshot and move the timestamp's expiry.
+    Expected: nothing is written.
+    Unharmed: the lease, which only the registrar's renewal extends; a publication that brings something.
+    """
+    state = world.repository.in_force()
+    lists = {LIST: state.delegated[LIST][1]}
+    replay = Publication(
+        root=state.root_bytes,
+        targets=state.targets_bytes,
+        policy=state.policy_bytes,
+        delegated=lists,
+        files={path_of(MANIFEST): MANIFEST},
+    )
+    before = {path: path.stat().st_mtime_ns for path in world.repository.folder.rglob("*") if path.name != ".lock"}
+    for publication in (Publication(), Publication(delegated=lists), replay):
+        world.repository.publish(publication, world.now + 60)
+    after = {path: path.stat().st_mtime_ns for path in world.repository.folder.rglob("*") if path.name != ".lock"}
+    assert after == before
+    world.is_unharmed()
+
+
+def test_a_publisher_fills_the_registrars_disk(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """
+    Attack: with a publisher's stolen key, models are listed and taken off again without end: each leaves a file, a
+    list and a snapshot behind.
+    Expected: `CharterInvalid` beyond `FILES_BYTES_MAX`; of lists and snapshots the newest `SNAPSHOTS_KEPT` stay.
+    Unharmed: the other publisher, the device; after the council's next word there is room again.
+    """
+    monkeypatch.setattr(retention, "SNAPSHOTS_KEPT", 4)
+    monkeypatch.setattr(retention, "FILES_BYTES_MAX", 6 * retention.FILE_BYTES_MIN)
+    role = world.add_publisher(MALLORY, "other")
+
+    def relist(index: int) -> None:
+        evil = world.publish_model(b"%d" % index, MALLORY)
+        state = world.repository.in_force()
+        world.repository.publish(delisting(state, tuf.MODELS, evil, MALLORY, world.now), world.now)
+
+    for index in range(6):
+        relist(index)
+    with pytest.raises(CharterInvalid, match="council next signs"):
+        relist(6)
+    metadata = world.repository.folder / "metadata"
+    assert len([*metadata.glob("*.snapshot.json")]) == 4
+    assert len([*metadata.glob(f"*.{role}.json")]) <= 5
+    second = world.publish_model(b"honest, too")
+    world.serve()
+    assert world.check().models == {MODEL, second}
+    world.put_in_force(world.propose(), [ALICE, BOB])
+    assert not [*(world.repository.folder / "targets" / "models" / "other").iterdir()]
+    relist(6)
+    restarted = Repository(world.repository.folder, world.folder / "online", NETWORK)
+    assert restarted.renew_timestamp(world.now) > world.now
+    world.serve()
+    assert world.check().models == {MODEL, second}
+
+
+def test_a_proposal_that_turns_the_publishers_around(world: World) -> None:
+    """
+    Attack: a proposal names the publishers in another order, and so gives the names that two of them claim away.
+    Expected: `sign` shows it, also where a new one is put before the others.
+    Unharmed: an order that stays is not spoken of.
+    """
+    role = world.add_publisher(MALLORY, "other")
+    what = "publishers of models, who has a name first"
+    turned = world.propose(publishers={role: MALLORY.node, LIST: PUBLISHER.node})
+    assert (what, f"{LIST}, {role}", f"{role}, {LIST}") in shown(turned)
+    heir = identity("heir").node
+    before = world.propose(publishers={"models-new": heir, LIST: PUBLISHER.node, role: MALLORY.node})
+    assert (what, f"{LIST}, {role}", f"models-new, {LIST}, {role}") in shown(before)
+    for publishers in (
+        {LIST: PUBLISHER.node},
+        {LIST: PUBLISHER.node, role: heir},
+        {LIST: PUBLISHER.node, role: MALLORY.node, "models-new": heir},
+    ):
+        assert what not in {each.what for each in review(world.propose(publishers=publishers)).changes}
+
+
+def test_a_withdrawn_model_comes_back_with_the_councils_word(world: World) -> None:
+    """
+    Attack: a captured registrar shows the member who proposes the list from before a model was withdrawn; the council's
+    next word would bring the model back. Without its key, somebody on the way alters which list is the newest.
+    Expected: `CharterInvalid`: for every member who has seen the newer list, and for all where the key did not sign.
+    Unharmed: what is built on the newest list.
+    """
+    bad = world.publish_model(b'{"name":"bad"}')
+    stale = world.base()
+    state = world.repository.in_force()
+    world.repository.publish(delisting(state, tuf.MODELS, bad, PUBLISHER, world.now), world.now)
+    pin = Pin(name="alice", network=NETWORK, first_root=tuf.sha256(first_root_payload(stale.roots[0])))
+    pin = check_pin(check_pin(pin, stale), world.base())
+    with pytest.raises(CharterInvalid, match="what was withdrawn since would come back"):
+        check_pin(pin, stale)
+    assert check_pin(pin, world.base()) == pin
+    world.serve()
+    thief = Forger(world, MALLORY)
+    thief.lists({LIST: state.delegated[LIST][1]})
+    with pytest.raises(CharterInvalid, match="0 valid signatures of the 1"):
+        read_base(FolderFetcher(world.served))
+    world.is_unharmed()
+
+
+def test_an_online_key_that_comes_back(world: World) -> None:
+    """
+    Attack: the council is asked to give the registrar a key again that it took away: what the key signed before would
+    count again, and devices, which saw higher versions since, would stop.
+    Expected: `CharterInvalid`, at the proposal and in the repository.
+    Unharmed: the key of today, which stays through other changes, and any new one.
+    """
+    world.recovers()
+    with pytest.raises(CharterInvalid, match="does not come back"):
+        review(world.propose(online=ONLINE.node))
+    state = world.repository.in_force()
+    root = copy.deepcopy(state.root.signed)
+    root.version += 1
+    old = tuf.read(Root, world.repository.first_root()).signed
+    for role in ("snapshot", "timestamp"):
+        root.roles[role] = old.roles[role]
+    root.keys |= old.keys
+    signed = tuf.sign(Metadata(root), [ALICE, BOB]).to_bytes()
+    with pytest.raises(CharterInvalid, match="does not come back"):
+        world.repository.publish(Publication(root=signed), world.now)
+    world.put_in_force(world.propose(members={**COUNCIL, CAROL.node: "caroline"}), [ALICE, BOB])
+    world.is_unharmed()
+    world.recovers()
+
+
+def test_a_publisher_fills_the_council_with_names(world: World) -> None:
+    """
+    Attack: somebody has the council delegate to more and more publishers, and remove them again, until a snapshot has
+    no room for their lists.
+    Expected: `CharterInvalid` beyond `PUBLISHERS_MAX` at once, and beyond `LISTS_KEPT_MAX` ever.
+    Unharmed: the network; a new online key makes room again.
+    """
+    many = {f"models-n{index}": identity(f"n{index}").node for index in range(PUBLISHERS_MAX + 1)}
+    with pytest.raises(CharterInvalid, match="up to 32 publishers"):
+        world.propose(publishers=many)
+    role = world.add_publisher(MALLORY, "other")
+    world.put_in_force(world.propose(publishers={LIST: PUBLISHER.node}), [ALICE, BOB])
+    state = world.repository.in_force()
+    assert set(state.retired) == {role}
+    full = msgspec.structs.replace(state, retired={f"models-old{index}": MetaFile(1) for index in range(255)})
+    proposed, _ = sign(world.propose(policy=FleetPolicy(epoch=2, lease_s=LEASE_S)), [ALICE, BOB])
+    verify(publication_of(proposed), full, lambda _: bytes, world.now)
+    full = msgspec.structs.replace(full, retired={**full.retired, role: MetaFile(1)})
+    with pytest.raises(CharterInvalid, match="another online key"):
+        verify(publication_of(proposed), full, lambda _: bytes, world.now)
+    world.recovers()
+    assert world.repository.in_force().retired == {}
+
+
+def test_a_publisher_who_comes_back_brings_an_old_list_back(world: World) -> None:
+    """
+    Attack: a publisher was removed and is made one again, under the same name; with the stolen online key, the list
+    of before is served.
+    Expected: `CharterInvalid`: the new list's version goes on above the old one's.
+    Unharmed: the new list.
+    """
+    role = world.add_publisher(MALLORY, "other")
+    world.publish_model(b"of before", MALLORY)
+    old = world.repository.in_force().delegated[role]
+    world.put_in_force(world.propose(publishers={LIST: PUBLISHER.node}), [ALICE, BOB])
+    world.is_unharmed()
+    world.add_publisher(MALLORY, "other")
+    assert world.repository.in_force().delegated[role][0].signed.version == old[0].signed.version + 1
+    world.is_unharmed()
+    Forger(world, ONLINE).lists({role: old[1]})
+    refused(world)
+    world.recovers()
+
+
+def test_a_repository_with_one_list_for_all_publishers(world: World) -> None:
+    """
+    Attack: the quorum is asked to sign delegations of the old form, in which all publishers of models share one list.
+    Expected: `CharterInvalid`, which says what to do, from the repository, the device and a member's own check.
+    Unharmed: the publishers' own lists.
+    """
+    targets = tuf.read(Targets, world.repository.in_force().targets_bytes)
+    targets.signed.version += 1
+    keys = {key.keyid: key for key in (tuf.public_key(PUBLISHER.node), tuf.public_key(MALLORY.node))}
+    shared = DelegatedRole(tuf.MODELS, [*keys], 1, True, paths=["models/*.json"])
+    targets.signed.delegations = Delegations(keys, {tuf.MODELS: shared})
+    targets.signatures.clear()
+    data = tuf.sign(targets, [ALICE, BOB]).to_bytes()
+    policy = world.repository.in_force().policy_bytes
+    with pytest.raises(CharterInvalid, match="Found the network anew"):
+        world.repository.publish(Publication(targets=data, policy=policy), world.now)
+    old = world.folder / "old"
+    shutil.copytree(world.repository.folder, old)
+    Forger(world, ONLINE).lists({"targets": data})
+    refused(world, "shared one list")
+    shutil.copytree(world.served, old, dirs_exist_ok=True)
+    with pytest.raises(CharterInvalid, match="shared one list"):
+        read_base(FolderFetcher(old))
+    with pytest.raises(CharterInvalid, match="shared one list"):
+        Repository(old, world.folder / "online", NETWORK).in_force()
+    world.recovers()
 
 
 def test_a_publisher_jumps_the_lists_version(world: World) -> None:
@@ -647,7 +1115,7 @@ def test_a_publisher_jumps_the_lists_version(world: World) -> None:
     metadata.signatures.clear()
     forged = tuf.sign(metadata, [PUBLISHER]).to_bytes()
     with pytest.raises(CharterInvalid, match="expected version"):
-        world.repository.publish(Publication(delegated={tuf.MODELS: forged}), world.now)
+        world.repository.publish(Publication(delegated={LIST: forged}), world.now)
     world.is_unharmed()
 
 
@@ -658,10 +1126,10 @@ def test_a_proposal_that_lists_a_model(world: World) -> None:
     Unharmed: nobody signs it.
     """
     heir = identity("heir")
-    proposed = world.propose(publishers={tuf.MODELS: {heir.node: "heir"}})
-    metadata = tuf.read(Targets, proposed.delegated[tuf.MODELS])
-    metadata.signed.targets |= target(f"models/{tuf.sha256(b'evil')}.json", b"evil")
-    forged = msgspec.structs.replace(proposed, delegated={tuf.MODELS: metadata.to_bytes().decode()})
+    proposed = world.propose(publishers={LIST: heir.node})
+    metadata = tuf.read(Targets, proposed.delegated[LIST])
+    metadata.signed.targets |= target(path_of(b"evil"), b"evil")
+    forged = msgspec.structs.replace(proposed, delegated={LIST: metadata.to_bytes().decode()})
     with pytest.raises(CharterInvalid, match="what was not there"):
         review(forged)
     with pytest.raises(CharterInvalid, match="what was not there"):
@@ -675,30 +1143,30 @@ def test_too_many_delegations(world: World) -> None:
     Expected: bounded work, and none of their models is believed; the repository does not publish it.
     Unharmed: the publisher's own honest model.
     """
-    evil = {f"evil{index}": target(f"models/{tuf.sha256(b'evil')}.json", b"evil") for index in range(1000)}
+    evil = {f"evil{index}": target(path_of(b"evil"), b"evil") for index in range(1000)}
     key = tuf.public_key(MALLORY.node)
-    roles = {name: DelegatedRole(name, [key.keyid], 1, False, paths=["models/*.json"]) for name in evil}
+    roles = {name: DelegatedRole(name, [key.keyid], 1, False, paths=["models/publisher/*.json"]) for name in evil}
     forged = lists_of(world, {}, Delegations({key.keyid: key}, roles))
     with pytest.raises(CharterInvalid, match="delegate nothing further"):
-        world.repository.publish(Publication(delegated={tuf.MODELS: forged}), world.now)
+        world.repository.publish(Publication(delegated={LIST: forged}), world.now)
     lists = {
         name: tuf.sign(Metadata(Targets(expires=tuf.utc(world.now + 1000), targets=listed)), [MALLORY]).to_bytes()
         for name, listed in list(evil.items())[:200]
     }
     thief = Forger(world, ONLINE)
-    thief.lists({tuf.MODELS: forged, **lists})
+    thief.lists({LIST: forged, **lists})
     try:
         assert world.check().models == {MODEL}
     except CharterInvalid as error:  # the snapshot of so many roles is too large
         assert "length" in error.message or "bytes" in error.message
     kept = {path.name for path in (world.folder / "device" / "metadata").iterdir()}
-    assert len([name for name in kept if name.startswith("evil")]) <= tuf.DELEGATIONS_MAX
+    assert not [name for name in kept if name.startswith("evil")]
 
 
 def test_a_delegation_that_fallow_does_not_know(world: World) -> None:
     """
     Attack: the quorum was tricked into delegating everything (`*`) to a stranger.
-    Expected: `CharterInvalid`: only models and releases are delegated, for their own paths.
+    Expected: `CharterInvalid`: only publishers' roles are delegated, each for its own paths.
     Unharmed: the policy in force, which is never looked up in a delegated role.
     """
     targets = tuf.read(Targets, world.repository.in_force().targets_bytes)
@@ -1024,4 +1492,4 @@ def test_the_repositorys_keys_cannot_be_fetched(world: World) -> None:
     for path in (f"../online/{key}", f"metadata/../../online/{key}", "..", ".lock", "", "/etc/passwd", "metadata"):
         assert world.repository.file(path) is None
     assert world.repository.file("metadata/timestamp.json") is not None
-    assert world.repository.file(f"targets/models/{MODEL}.{MODEL}.json") == MANIFEST
+    assert world.repository.file(f"targets/models/publisher/{MODEL}.{MODEL}.json") == MANIFEST

@@ -53,6 +53,12 @@ class TestNetwork:
             self.operator, self.account.node, name="test", issued_unix_s=issued_s, revoked=revoked or {}
         )
 
+    def system_account_jwt(self, revoked: dict[NodeId, float] | None = None) -> str:
+        issued_s = time.time() - (revoked is None)
+        return jwt.system_account_jwt(
+            self.operator, self.system.node, name="system", issued_unix_s=issued_s, revoked=revoked or {}
+        )
+
     def bus_trust(self) -> BusTrust:
         now_s = time.time()
         certificate = server_certificate(self.authority, BUS_NAME, now_s)
@@ -61,9 +67,7 @@ class TestNetwork:
             account=self.account_name,
             account_jwt=self.account_jwt(),
             system_account=jwt.account_nkey(self.system.node),
-            system_account_jwt=jwt.system_account_jwt(
-                self.operator, self.system.node, name="system", issued_unix_s=now_s
-            ),
+            system_account_jwt=self.system_account_jwt(),
             certificate_pem=certificate.certificate_pem,
             key_pem=certificate.key_pem,
         )
@@ -141,6 +145,8 @@ class TrustedRig:
         bus = await self.join(self.network.claims())
         revoked = {node: time.time() for node in nodes}
         await push_account(bus, self.network.account_name, self.network.account_jwt(revoked))
+        system = jwt.account_nkey(self.network.system.node)
+        await push_account(bus, system, self.network.system_account_jwt(revoked))
 
 
 @asynccontextmanager

@@ -37,6 +37,7 @@ from fallow.models.store import Store
 from fallow.simulator.scenario import load_scenario
 from fallow.trust.council import tuf_format
 from fallow.trust.council.ceremonies import Wanted, founding, publication_of, sign
+from fallow.trust.council.figures import signed_figures, target_of
 from fallow.trust.council.files import decode_proposal, encode_proposal, invitation_of, member_of_text, member_text
 from fallow.trust.council.halts import decode_halts, halt_of_text, halt_text, seal_halt
 from fallow.trust.council.proposals import Proposal, review
@@ -45,6 +46,7 @@ from fallow.trust.council.publication import verify as verify_publication
 from fallow.trust.envelope import Envelope, Kind, pre_authentication, seal, unseal
 from fallow.trust.jwt import account_nkey, read_user
 from fallow.trust.keys import identity_of
+from fallow.trust.open_doors import OpenCellWords
 from fallow.trust.passports import issue
 from tests.fuzz import registrar_targets, rights_targets
 
@@ -148,7 +150,8 @@ def council_documents(data: bytes) -> None:
     readers: tuple[Callable[[], object], ...] = (
         lambda: tuf_format.check_root(tuf_format.read(Root, data).signed),
         lambda: tuf_format.check_targets(tuf_format.read(Targets, data).signed),
-        lambda: tuf_format.signed_models(tuf_format.read(Targets, data).signed.targets),
+        lambda: tuf_format.listed("models-a", tuf_format.read(Targets, data).signed.targets),
+        lambda: [signed_figures(each) for each in tuf_format.read(Targets, data).signed.targets.values()],
         lambda: tuf_format.read(Snapshot, data),
         lambda: tuf_format.read(Timestamp, data),
         lambda: tuf_format.decode_policy(data),
@@ -164,7 +167,7 @@ def council_proposals(data: bytes) -> None:
     with contextlib.suppress(FallowError):
         review(decode_proposal(data))
     with contextlib.suppress(FallowError):
-        verify_publication(decode_publication(data), None, lambda _: False, 1e9)
+        verify_publication(decode_publication(data), None, lambda _: None, 1e9)
     text = data.decode("utf-8", "replace")
     for read in (halt_of_text, invitation_of, lambda each: member_of_text(each, "")):
         with contextlib.suppress(FallowError):
@@ -172,7 +175,7 @@ def council_proposals(data: bytes) -> None:
 
 
 def _proposal_seed() -> Proposal:
-    wanted = Wanted(members={NODE: "a"}, threshold=1, online=NodeId("07" * 32), publishers={"models": {NODE: "a"}})
+    wanted = Wanted(members={NODE: "a"}, threshold=1, online=NodeId("07" * 32), publishers={"models-a": NODE})
     signed, _ = sign(founding(wanted, 1e9), [KEY])
     return signed
 
@@ -183,8 +186,10 @@ def _document_seeds() -> tuple[bytes, ...]:
     assert proposed.root is not None
     timestamp = Metadata(Timestamp(expires=tuf_format.utc(1e9))).to_bytes()
     snapshot = Metadata(Snapshot(expires=tuf_format.utc(1e9))).to_bytes()
-    texts = (proposed.root, proposed.targets, proposed.policy, proposed.delegated["models"])
-    return (*(each.encode() for each in texts), timestamp, snapshot, msgspec.msgpack.encode([halt]))
+    texts = (proposed.root, proposed.targets, proposed.policy, proposed.delegated["models-a"])
+    entry = target_of(tuf_format.path_of("models-a", "f" * 64), _manifest_seed())
+    models = Metadata(Targets(expires=tuf_format.utc(1e9), targets={entry.path: entry})).to_bytes()
+    return (*(each.encode() for each in texts), models, timestamp, snapshot, msgspec.msgpack.encode([halt]))
 
 
 def _proposal_seeds() -> tuple[bytes, ...]:
@@ -242,7 +247,10 @@ BEAT = fleet.Heartbeat(
     outlook=fleet.Outlook(survival=(1.0, 0.9, 0.8, 0.5, 0.2), expected_s=5e4),
 )  # fmt: skip
 KEPT = fleet.Hop(address=ADDRESS, span=Span(0, 3))
-ROUTE = fleet.RouteRequest(model=MODEL, session=SESSION, reserve_tokens=64, exclude=(NODE,), keep=(KEPT,))
+ROUTE = fleet.RouteRequest(
+    model=MODEL, session=SESSION, reserve_tokens=64, exclude=(NODE,), keep=(KEPT,),
+    accused=(fleet.Accusation(node=NODE, others=(NODE,)),),
+)  # fmt: skip
 REPORT = fleet.GatewayReport(gateway=NODE, url="http://127.0.0.1", sessions=1, tokens_per_s=1.0, chains=((NODE,),))
 
 
@@ -253,8 +261,8 @@ def bus_messages(data: bytes) -> None:
         lambda: checks.gateway_report(f"fallow.home.gateway.{NODE}.report", data),
         lambda: checks.store_announced(f"fallow.home.gateway.{NODE}.store", data),
         lambda: checks.leaving(f"fallow.home.node.{NODE}.leaving", data),
-        lambda: checks.cell_question(data),
-        lambda: checks.cell_digest("fallow.cells.home.digest", data),
+        lambda: checks.cell_question(data, OpenCellWords().asked),
+        lambda: checks.cell_digest("fallow.cells.home.digest", data, OpenCellWords().told),
         lambda: checks.files_found(data),
         lambda: checks.route_reply(data, ROUTE, 30),
     )

@@ -23,7 +23,8 @@ from fallow.domain.model import Quantisation, Span, StageSpec
 from fallow.fabric.contract import Bus
 from fallow.policy.cells import CellRules
 from fallow.policy.membership import MembershipRules
-from fallow.trust.open_doors import open_coordinator
+from fallow.trust.contract import CellWords
+from fallow.trust.open_doors import OpenCellWords, open_coordinator
 from tests.simulation.toy import toy_config
 
 LAYERS = 6
@@ -92,8 +93,10 @@ class ToyCell:
     """A cell: its coordinator, on `coordinator_bus`, and devices, gateway and store, on `bus`."""
 
     def __init__(
-        self, name: str, coordinator_bus: Bus, bus: Bus, clock: Clock, rules: CellRules, interval_s: float = 1.0
-    ) -> None:
+        self, name: str, coordinator_bus: Bus, bus: Bus, clock: Clock, rules: CellRules, interval_s: float = 1.0,
+        words: CellWords | None = None,
+    ) -> None:  # fmt: skip
+        """`words`: what its coordinator says to other cells, and believes of them; without them, whatever is said."""
         self.name = name
         self.bus = bus
         self.clock = clock
@@ -101,7 +104,8 @@ class ToyCell:
         config = CoordinatorConfig(
             cell=name, cells=rules, membership=MembershipRules(heartbeat_interval_s=interval_s, missed_max=1000)
         )
-        self.coordinator = Coordinator(config, coordinator_bus, clock, trust=open_coordinator())
+        trust = open_coordinator()._replace(cells=words or OpenCellWords())
+        self.coordinator = Coordinator(config, coordinator_bus, clock, trust=trust)
 
     async def start(self, *held: tuple[Span, ...]) -> None:
         await self.coordinator.start()

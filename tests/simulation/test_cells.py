@@ -20,6 +20,7 @@ from fallow.fabric.memory_bus import MemoryHub
 from fallow.policy.cells import CellRules
 from fallow.processes.nearest_cell import nearest_cell
 from fallow.simulator.virtual_time import LoopClock, run_virtual
+from fallow.trust.open_doors import OpenCellWords
 from tests.simulation.cells import BACK, FRONT, LAYER_S, LAYERS, MODEL, WHOLE, ToyCell
 
 RULES = CellRules(digest_interval_s=1.0, digest_silence_max_s=3.5, sent_counts_s=3.0)
@@ -207,7 +208,7 @@ def _request(session: int) -> RouteRequest:
 
 DIGEST = CellDigest(
     cell="evil",
-    boot="b",
+    boot="1",
     sequence=1,
     devices=1,
     devices_max=400,
@@ -350,14 +351,14 @@ def test_a_device_joins_the_nearest_cell_with_room_and_its_own_when_they_are_ali
             await world.cell(name, (WHOLE,))
         bus = world.hub.connect("newcomer")
         world.hub.far |= {("newcomer", "one"): 0.03, ("newcomer", "two"): 0.01, ("newcomer", "three"): 0.012}
-        assert await nearest_cell(bus, world.clock, "one", RULES) == "two"
-        assert await nearest_cell(bus, world.clock, "three", RULES) == "three"
-        assert await nearest_cell(bus, world.clock, "elsewhere", RULES) == "two"
+        assert await nearest_cell(bus, world.clock, "one", OpenCellWords(), RULES) == "two"
+        assert await nearest_cell(bus, world.clock, "three", OpenCellWords(), RULES) == "three"
+        assert await nearest_cell(bus, world.clock, "elsewhere", OpenCellWords(), RULES) == "two"
         full = msgspec.structs.replace(RULES, devices_max=1)
         world.hub.drop("two", "replaced by a coordinator with less room")
         crowded = ToyCell("two", world.hub.connect("two"), world.hub.connect("more devices"), world.clock, full)
         await crowded.start((WHOLE,))
-        assert await nearest_cell(bus, world.clock, "elsewhere", RULES) == "three"
+        assert await nearest_cell(bus, world.clock, "elsewhere", OpenCellWords(), RULES) == "three"
 
     run(script)
 
@@ -365,7 +366,7 @@ def test_a_device_joins_the_nearest_cell_with_room_and_its_own_when_they_are_ali
 def test_a_device_that_hears_of_no_cell_or_only_of_ones_that_lie_or_are_dead_stays_with_its_own() -> None:
     async def script(world: World) -> None:
         bus = world.hub.connect("newcomer")
-        assert await nearest_cell(bus, world.clock, "home", RULES) == "home"
+        assert await nearest_cell(bus, world.clock, "home", OpenCellWords(), RULES) == "home"
 
         async def lie() -> None:
             while True:
@@ -374,7 +375,7 @@ def test_a_device_that_hears_of_no_cell_or_only_of_ones_that_lie_or_are_dead_sta
                 await world.clock.sleep(0.3)
 
         lying = asyncio.create_task(lie())
-        assert await nearest_cell(bus, world.clock, "home", RULES) == "home"
+        assert await nearest_cell(bus, world.clock, "home", OpenCellWords(), RULES) == "home"
         lying.cancel()
 
     run(script)

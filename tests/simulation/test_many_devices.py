@@ -7,7 +7,8 @@ import asyncio
 
 import msgspec
 
-from fallow.coordinator import placer, service
+from fallow.coordinator import placer
+from fallow.coordinator.answers import STATUS_NODES_MAX
 from fallow.domain.fleet import FleetStatus, Subjects
 from fallow.fabric.memory_bus import MemoryHub
 from fallow.policy.cells import CellRules
@@ -56,14 +57,14 @@ def test_orders_for_hundreds_of_devices_go_out_a_bounded_number_at_a_time_and_no
 def test_a_status_names_some_devices_and_counts_the_rest() -> None:
     async def program() -> None:
         cell = await cell_of(MemoryHub())
-        for index in range(service.STATUS_NODES_MAX + 7):
+        for index in range(STATUS_NODES_MAX + 7):
             device = Reporter(cell, index, WHOLE)
             cell.devices.append(device)
             await device.start()
         await cell.clock.sleep(0.1)
         answer = await cell.bus.request(Subjects("one").status, b"", 1.0)
         status = msgspec.json.decode(answer, type=FleetStatus)
-        assert (len(status.nodes), status.nodes_left_out) == (service.STATUS_NODES_MAX, 7)
+        assert (len(status.nodes), status.nodes_left_out) == (STATUS_NODES_MAX, 7)
         assert status.silent_s.keys() == {beat.node for beat in status.nodes}
         assert status.models[0].servable
 

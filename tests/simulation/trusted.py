@@ -21,6 +21,7 @@ from fallow.policy.placement_board import PlacementRules
 from fallow.processes.store_server import StoreServer
 from fallow.simulator.virtual_time import run_virtual
 from fallow.trust.admission import Doorkeeper
+from fallow.trust.cell_words import SignedCellWords
 from fallow.trust.contract import CoordinatorTrust, NodeTrust
 from fallow.trust.grants import Author, Book, Issuer, SealedOrders, SignedRoutes
 from fallow.trust.keys import Identity, identity_of
@@ -90,14 +91,20 @@ class TrustedCell:
         self.lease = SwitchedLease()
         self.store = Store(folder / "store")
         self.entry = toy_model(self.store)
-        self.lease.allow(self.entry.model)
+        self.lease.sign(self.entry)
         leader = Member(self, COORDINATOR, Role.COORDINATOR)
         self.coordinator = Coordinator(
             CoordinatorConfig(cell=CELL, placement=PlacementRules(max_share=0.7)),
             self.hub.connect(COORDINATOR.node),
             leader.clock,
             id=COORDINATOR.node,
-            trust=CoordinatorTrust(leader.passports, Issuer(leader.author, self.lease), leader.orders, self.lease),
+            trust=CoordinatorTrust(
+                leader.passports,
+                Issuer(leader.author, self.lease),
+                leader.orders,
+                SignedCellWords(leader.author, leader.passports),
+                self.lease,
+            ),
         )
         gate = self.gate = Member(self, GATEWAY, Role.GATEWAY)
         bus, endpoint = self.hub.connect(GATEWAY.node), self.fabric.endpoint(GATEWAY.node)

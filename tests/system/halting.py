@@ -18,9 +18,9 @@ import msgspec
 from fallow.domain.charter import Charter, FleetPolicy
 from fallow.domain.credentials import PASSPORT_LIFE_S, Role
 from fallow.domain.errors import BusUnavailable, CharterUnavailable, FallowError
-from fallow.domain.fleet import Accepted, Hop, PlaceStage, RouteRequest, Subjects, Tier
+from fallow.domain.fleet import Accepted, Heartbeat, Hop, PlaceStage, RouteRequest, Subjects, Tier
 from fallow.domain.frames import Fault, Flow, Frame, OpenStage, Phase, Refused, Result, Rows
-from fallow.domain.ids import Digest, ModelName, SessionId
+from fallow.domain.ids import Digest, ModelName, NodeId, SessionId
 from fallow.domain.model import Manifest, Quantisation, Span, StageSpec
 from fallow.domain.network import Network
 from fallow.engine.memory import MemoryEngine
@@ -320,8 +320,21 @@ class Placing:
             stage=StageSpec(model=self._world.model, pieces=(WHOLE,)), sources=(), epoch=1,
             manifest_bytes=len(encode_manifest(self._world.manifest)),
         )  # fmt: skip
-        reply = await self._bus.request(SUBJECTS.command(node), self._orders.seal(command, node), 5.0)
-        return msgspec.json.decode(reply, type=Accepted)
+        order = self._orders.seal(command, node, await self._boot(node))
+        return msgspec.json.decode(await self._bus.request(SUBJECTS.command(node), order, 5.0), type=Accepted)
+
+    async def _boot(self, node: NodeId) -> str:
+        """Of a station's present run, as its heartbeats tell."""
+        told: asyncio.Queue[str] = asyncio.Queue()
+
+        async def hear(_: str, message: bytes) -> None:
+            told.put_nowait(msgspec.json.decode(message, type=Heartbeat).boot)
+
+        subscription = await self._bus.subscribe(SUBJECTS.heartbeat(node), hear)
+        async with asyncio.timeout(5.0):
+            boot = await told.get()
+        await subscription.cancel()
+        return boot
 
 
 def _model(store: Store) -> tuple[Manifest, Digest]:

@@ -1,7 +1,8 @@
 """Enrolment end to end: the registrar as a process of its own, a real bus in operator mode, the real commands.
 
-What is shown: who is invited gets in and nobody else; who is revoked is cut off within `EFFECT_LIMIT_S` everywhere;
-halts and publications are told and recorded; all of it outlives a `kill -9` of the registrar.
+What is shown: who is invited gets in and nobody else; who is revoked or leaves is cut off within `EFFECT_LIMIT_S`
+everywhere; halts and publications are told and recorded; all of it outlives a `kill -9` of the registrar, and that it
+comes back elsewhere.
 """
 
 import asyncio
@@ -23,7 +24,7 @@ from fallow.cli.app import app
 from fallow.config import Config
 from fallow.domain.charter import FleetPolicy
 from fallow.domain.credentials import Role
-from fallow.domain.errors import FallowError, RequestRefused
+from fallow.domain.errors import FallowError, PassportRefused, RequestRefused
 from fallow.domain.fleet import Subjects
 from fallow.fabric.broker import Broker
 from fallow.fabric.nats_bus import NatsBus
@@ -36,8 +37,8 @@ from fallow.trust.council.fetch import FolderFetcher
 from fallow.trust.council.files import CouncilPaths, member_of, read_base, signing_keys
 from fallow.trust.council.halts import read_halt, seal_halt
 from fallow.trust.keys import load_or_create
-from fallow.trust.membership import Membership, enrolment_of
-from fallow.trust.passports import PassportReader
+from fallow.trust.membership import Membership, SystemCredentials, enrolment_of
+from fallow.trust.passports import Held, PassportReader
 from fallow.trust.registrar.consent import sign_consent
 from fallow.trust.registrar.database import open_database
 from fallow.trust.registrar.invitations import from_text
@@ -45,6 +46,8 @@ from fallow.trust.registrar.service import Registrar
 from fallow.trust.registrar.state import RegistrarState
 from fallow.trust.registrar.word import RegistrarWord
 from fallow.trust.registrar_client import RegistrarClient, meet, met
+from fallow.trust.revocation_watch import RevocationWatch
+from fallow.wiring import charter_source
 
 EFFECT_LIMIT_S = 5.0
 START_LIMIT_S = 60.0
@@ -81,6 +84,11 @@ class Network:
         assert self.process is not None
         self.process.send_signal(signal_number)
         self.process.wait(START_LIMIT_S)
+
+    def move_registrar(self) -> None:
+        """To another port, at its next start."""
+        self.state.paths.port.unlink()
+        settle(self.config, self.broker.urls[0])
 
     async def command(self, *arguments: str, folder: Path | None = None) -> "Outcome":
         """One of the commands, in this process: a new one takes seconds to import everything."""
@@ -231,17 +239,74 @@ def test_a_revoked_device_is_cut_off_everywhere_and_stays_out(tmp_path: Path) ->
     run(scenario())
 
 
-def test_a_revocation_holds_over_a_restart_of_registrar_and_bus(tmp_path: Path) -> None:
+def test_who_leaves_is_cut_off_everywhere_and_may_come_back(tmp_path: Path) -> None:
+    """A coordinator that is revoked at the same time loses its connection to the bus's system account as well."""
+
+    async def scenario() -> None:
+        async with network(tmp_path / "operator") as home:
+            owner = tmp_path / "owner"
+            device = await home.member(owner / "device")
+            coordinator = await home.member(tmp_path / "coordinator", "--role", "coordinator")
+            other = await home.member(tmp_path / "other", "--role", "gateway")
+            device_bus, other_bus = await home.bus_of(device), await home.bus_of(other)
+            watching = await NatsBus.connect(home.broker.urls, "presence", SystemCredentials(coordinator))
+            passports = PassportReader(other.network, SystemClock())
+            lists, first = await heard(other_bus, SUBJECTS.revocations), device.passport
+
+            async def known(revoked: bool) -> None:
+                while passports.revoked(device.who.node) is not revoked:
+                    passports.learn(await asyncio.wait_for(lists.get(), EFFECT_LIMIT_S))
+
+            home.registrar.revoke(coordinator.who.node, "dismissed")
+            began_s = time.monotonic()
+            done = await home.command("leave", "--yes", folder=owner)
+            assert done.returncode == 0, done.stderr
+            await until(lambda: not device_bus.connected and not watching.connected, EFFECT_LIMIT_S)
+            await known(revoked=True)
+            print(f"left: cut from the bus, and others told, after {time.monotonic() - began_s:.2f} s")
+            void = Held(first, device.who, device.authority_pem)
+            with pytest.raises(FallowError):
+                passports.read(first)
+            with pytest.raises(PassportRefused):
+                await NatsBus.connect(home.broker.urls, "void", void)
+            again = await home.command("leave", "--yes", folder=owner)
+            assert (again.returncode, "no member" in again.stderr) == (1, True)
+            back = await home.member(owner / "device")
+            assert back.who == device.who
+            await known(revoked=False)
+            assert passports.read(back.passport).node == back.who.node
+            back_bus = await home.bus_of(back)
+            with pytest.raises(PassportRefused):
+                await NatsBus.connect(home.broker.urls, "void", void)
+            for each in (device_bus, other_bus, watching, back_bus, device, coordinator, other, back):
+                await each.close()
+
+    run(scenario())
+
+
+def test_a_revocation_holds_over_a_restart_of_bus_and_registrar_which_comes_back_elsewhere(tmp_path: Path) -> None:
     async def scenario() -> None:
         async with network(tmp_path / "operator") as home:
             device = await home.member(tmp_path / "device")
             stays = await home.member(tmp_path / "stays")
+            stays_bus, passports = await home.bus_of(stays), PassportReader(stays.network, SystemClock())
+            watch = RevocationWatch(
+                stays, passports, tmp_path / "stays", SystemClock(), lease_s=lambda: 600.0, look=lambda: None
+            )
+            await watch.start(stays_bus, SUBJECTS)
+            charters, before = charter_source(stays, tmp_path / "charter"), stays.places
             home.stop_registrar(9)
+            home.move_registrar()
             done = await home.command("revoke", device.who.node, "--why", "sold", "--yes")
             assert done.returncode == 0, done.stderr
             device_bus = await home.bus_of(device)  # nobody has told the bus: until somebody does, or the hour ends
             await home.start_registrar()
             await until(lambda: not device_bus.connected, EFFECT_LIMIT_S)
+            await until(lambda: stays.places != before, EFFECT_LIMIT_S)  # by the bus: the old address is dead
+            await stays.reach()
+            await asyncio.to_thread(charters.check, time.time())
+            await watch.close()
+            await stays_bus.close()
             await home.broker.close()
             await home.broker.start()
             with pytest.raises(FallowError):

@@ -5,7 +5,22 @@ from typing import Annotated
 import typer
 
 from fallow import __version__
-from fallow.cli import audit, chat, council, doctor, fleet, invite, keys, model, revoke, serve, settings, sim, status
+from fallow.cli import (
+    audit,
+    bus,
+    chat,
+    council,
+    doctor,
+    fleet,
+    invite,
+    keys,
+    model,
+    revoke,
+    serve,
+    settings,
+    sim,
+    status,
+)
 
 app = typer.Typer(
     name="fallow",
@@ -48,6 +63,7 @@ app.add_typer(model.app, name="model")
 app.add_typer(keys.app, name="key")
 app.add_typer(council.app, name="council")
 app.add_typer(audit.app, name="audit")
+app.add_typer(bus.app, name="bus")
 app.add_typer(settings.app, name="config")
 app.add_typer(serve.app, name="serve")
 app.add_typer(sim.app, name="sim")

@@ -43,14 +43,15 @@ def propose(
     quarantine_per_hour_max: Annotated[int | None, typer.Option(help="Devices taken out on suspicion.")] = None,
     quarantine_share_max: Annotated[float | None, typer.Option(help="Of the fleet, 0 to 1.")] = None,
     publisher: Annotated[
-        list[str] | None, typer.Option("--publisher", help="A new one: ROLE=NAME:KEY, role models or releases.")
+        list[str] | None,
+        typer.Option("--publisher", help="A new one, or a new key for one: models=NAME:KEY, or releases=NAME:KEY."),
     ] = None,
-    remove_publisher: Annotated[list[str] | None, typer.Option(help="ROLE=NAME or ROLE=KEY.")] = None,
+    remove_publisher: Annotated[
+        list[str] | None, typer.Option(help="With all that they signed, without their help: models=NAME or models=KEY.")
+    ] = None,
     withdraw: Annotated[
         list[str] | None,
-        typer.Option(
-            "--withdraw", help="Take off a publisher's list: models=DIGEST, or models=all; a publisher signs."
-        ),
+        typer.Option("--withdraw", help="Off a publisher's list: models=NAME:DIGEST, models=NAME:all; they sign, too."),
     ] = None,
     online_key: Annotated[str | None, typer.Option("--online-key", help="The registrar's new key.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="End the halt: a policy of a higher epoch.")] = False,
@@ -69,6 +70,7 @@ def propose(
           fallow council propose --lease 300 --allow-model smollm2-135m-instruct
           fallow council propose --add fallow-member-… --threshold 2
           fallow council propose --remove carol --resume
+          fallow council propose --publisher models=dora:KEY
     """
 
     from fallow.cli.council_place import place_of

@@ -5,7 +5,7 @@ from datetime import UTC, datetime
 from tuf.api.metadata import Root, Targets, Timestamp
 
 from fallow.cli.council_place import Place
-from fallow.cli.council_words import Situation
+from fallow.cli.council_words import Publisher, Situation
 from fallow.domain.charter import Halt
 from fallow.domain.ids import NodeId
 from fallow.policy.council import halt_holds
@@ -36,10 +36,13 @@ def look(place: Place) -> Situation:
         policy=policy,
         members=names,
         threshold=root.roles[Root.type].threshold,
-        publishers={role: tuf.publisher_names(targets, role) for role in tuf.delegated_roles(targets)},
-        models=len(tuf.signed_models(lists[tuf.MODELS].targets if tuf.MODELS in lists else {})),
+        publishers=[
+            Publisher(
+                *tuf.kind_and_name(role), key, frozenset(tuf.listed(role, lists[role].targets)), lists[role].expires
+            )
+            for role, key in tuf.publishers(targets).items()
+        ],
         root_expires=min(root.expires, targets.expires),
-        lists_expire={role: each.expires for role, each in lists.items()},
         timestamp_expires=timestamp.signed.expires,
         halts=[(names.get(who) or who[:8], halt) for who, halt in halts_in_force(fetcher, root, place, policy.epoch)],
         own=own,

@@ -30,19 +30,20 @@ def sign_model(
 ) -> None:
     """Vouch for a model in this machine's store with this machine's publisher key: devices may load it.
 
-    On the machine that runs `fallow up`, `fallow model add` does this by itself.
+    It goes onto this publisher's own list, and makes that last for another year. On the machine that runs `fallow up`,
+    `fallow model add` does this by itself.
     """
     from fallow.cli.council_place import place_of
     from fallow.models.store import Store
     from fallow.trust.council import tuf_format as tuf
-    from fallow.trust.council.publisher import listing
+    from fallow.trust.council.lists import listing
 
     place = place_of(state_dir, config, network, registrar)
     digest = _digest(place, model)
     manifest = Store(place.paths.state / "models").manifest_bytes(digest)
     state, publisher = _ready(place)
     now_s = time.time()
-    place.publish(listing(state, tuf.MODELS, {f"models/{digest}.json": manifest}, publisher, now_s), now_s)
+    place.publish(listing(state, tuf.MODELS, {digest: manifest}, publisher, now_s), now_s)
     say(f"Signed {digest}. Devices may load it within seconds, or from their next check on.")
 
 
@@ -54,18 +55,26 @@ def withdraw_model(
     network: NetworkFile = None,
     registrar: RegistrarUrl = None,
 ) -> None:
-    """Take a model off the list, with this machine's publisher key: devices load it no more, and drop it."""
+    """Take a model off this machine's publisher's own list: devices load it no more, and drop it.
+
+    Where another publisher signed it as well, it stays until they withdraw it, too.
+    """
     from fallow.cli.council_place import confirmed, place_of
     from fallow.trust.council import tuf_format as tuf
-    from fallow.trust.council.publisher import delisting
+    from fallow.trust.council.lists import delisting, signers_of
 
     place = place_of(state_dir, config, network, registrar)
     digest = _digest(place, model)
     state, publisher = _ready(place)
-    confirmed(f"Every device drops the model {digest[:16]}… and the sessions that use it. Withdraw it?", yes)
     now_s = time.time()
-    place.publish(delisting(state, tuf.MODELS, f"models/{digest}.json", publisher, now_s), now_s)
+    publication = delisting(state, tuf.MODELS, digest, publisher, now_s)
+    others = [role for role in signers_of(state, tuf.MODELS, digest) if role not in publication.delegated]
+    if not others:
+        confirmed(f"Every device drops the model {digest[:16]}… and the sessions that use it. Withdraw it?", yes)
+    place.publish(publication, now_s)
     say(f"Withdrew {digest}.")
+    if others:
+        say(f"Devices go on loading it, since {', '.join(others)} lists it, too.")
 
 
 def _ready(place: "Place") -> "tuple[InForce, Identity]":

@@ -39,7 +39,7 @@ def init(
     """
 
     from fallow.cli.council_place import place_of
-    from fallow.policy.council import quorum_remark
+    from fallow.policy.council import publisher_name, quorum_remark
     from fallow.trust.council import tuf_format as tuf
     from fallow.trust.council.ceremonies import Wanted, founding
     from fallow.trust.council.files import encode_proposal, found_council_of_one, members_of_texts
@@ -61,7 +61,7 @@ def init(
         members=members,
         threshold=threshold,
         online=load_or_create(place.paths.online_keys / "1.key").node,
-        publishers={role: {publisher.node: name} for role in tuf.PATHS},
+        publishers={tuf.role_of(kind, publisher_name(name)): publisher.node for kind in tuf.KINDS},
     )
     _write(out, encode_proposal(founding(wanted, time.time())))
     say(f"Wrote {out}. Now `fallow council sign {out}` here, and on copies of it on {threshold - 1} other machines;")

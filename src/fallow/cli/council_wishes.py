@@ -43,12 +43,12 @@ class PolicyWish(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class PublisherWish(msgspec.Struct, frozen=True):
-    """Who should publish: `ROLE=NAME:KEY`, and who no more: `ROLE=NAME` or `ROLE=KEY`."""
+    """Who should publish: `KIND=NAME:KEY`, and who no more: `KIND=NAME` or `KIND=KEY`."""
 
     add: tuple[str, ...]
     remove: tuple[str, ...]
     withdraw: tuple[str, ...] = ()
-    """`ROLE=DIGEST`, a model's local name instead of a digest, or `ROLE=all`."""
+    """`KIND=NAME:DIGEST`, a model's local name instead of a digest, or `KIND=NAME:all`."""
 
 
 def wanted_of(
@@ -56,7 +56,7 @@ def wanted_of(
 ) -> Wanted | None:
     """What should be in force; `None` when it is already. Raises `ConfigError`, `SignatureInvalid`."""
     root, targets, current = verify_base(base)
-    held = {role: tuf.publisher_names(targets, role) for role in tuf.delegated_roles(targets)}
+    held = tuf.publishers(targets)
     members = _members(place, tuf.member_names(root), seats)
     staying = frozenset(tuf.member_names(root) if members is None else members)
     wanted = Wanted(
@@ -80,36 +80,42 @@ def _members(place: Place, now: Mapping[NodeId, str], wish: SeatWish) -> Mapping
     return members if members != now else None
 
 
-def _publishers(now: Mapping[str, Mapping[NodeId, str]], wish: PublisherWish) -> dict[str, dict[NodeId, str]] | None:
-    held = {role: dict(names) for role, names in now.items()}
-    for text in wish.add:
-        role, _, who = text.partition("=")
-        name, _, key = who.rpartition(":")
-        if role not in tuf.PATHS or not name:
-            raise ConfigError(f"Expected ROLE=NAME:KEY with the role {' or '.join(tuf.PATHS)}, got {text[:100]!r}.")
-        held.setdefault(role, {})[_key(key)] = name
+def _publishers(now: Mapping[str, NodeId], wish: PublisherWish) -> dict[str, NodeId] | None:
+    """By role. A name that is there already gets another key, and keeps its list."""
+    held = dict(now)
     for text in wish.remove:
-        role, _, who = text.partition("=")
-        if role not in held:
-            raise ConfigError(f"Nobody publishes {role[:40]!r}.")
-        held[role].pop(_found(who, held[role], f"publisher of {role}"))
-        if not held[role]:
-            raise ConfigError(f"The last publisher of {role} can only be replaced: add another in the same proposal.")
+        kind, who = _kind_of(text)
+        people = {key: tuf.kind_and_name(role)[1] for role, key in held.items() if tuf.kind_and_name(role)[0] == kind}
+        del held[tuf.role_of(kind, people[_found(who, people, f"publisher of {kind}")])]
+    for text in wish.add:
+        kind, who = _kind_of(text)
+        name, _, key = who.rpartition(":")
+        held[tuf.role_of(kind, name)] = _key(key)
     return held if held != now else None
+
+
+def _kind_of(text: str) -> tuple[str, str]:
+    """`KIND=REST`, apart."""
+    kind, _, rest = text.partition("=")
+    if kind not in tuf.KINDS or not rest:
+        raise ConfigError(f"Expected KIND=NAME… with the kind {' or '.join(tuf.KINDS)}, got {text[:100]!r}.")
+    return kind, rest
 
 
 def _withdrawn(place: Place, base: Base, wishes: tuple[str, ...]) -> dict[str, frozenset[str]] | None:
     found: dict[str, frozenset[str]] = {}
     for text in wishes:
-        role, _, what = text.partition("=")
+        kind, rest = _kind_of(text)
+        name, _, what = rest.partition(":")
+        role = tuf.role_of(kind, name)
         if role not in base.delegated or not what:
             raise ConfigError(
-                f"Expected ROLE=WHAT or ROLE=all with a role that somebody publishes, got {text[:100]!r}."
+                f"Expected {kind}=NAME:WHAT or {kind}=NAME:all with the name of a publisher, got {text[:100]!r}."
             )
         if what == "all":
             paths = frozenset(tuf.read(Targets, base.delegated[role]).signed.targets)
         else:
-            paths = frozenset({f"{role}/{_model(place, what) if role == tuf.MODELS else what}.json"})
+            paths = frozenset({tuf.path_of(role, _model(place, what) if kind == tuf.MODELS else what)})
         found[role] = found.get(role, frozenset()) | paths
     return found or None
 

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any, Final
 
+import msgspec
 from rich.table import Table
 from rich.text import Text
 
@@ -12,15 +13,24 @@ from fallow.domain.charter import FleetPolicy, Halt
 from fallow.domain.ids import NodeId
 from fallow.policy.council import quorum_remark
 from fallow.trust.council.proposals import Need, Review
+from fallow.trust.council.tuf_format import MODELS
 
 SOON_S: Final = 30 * 24 * 3600.0
 """How long before the council must meet `status` begins to say so."""
 
 
-_SIGN_AGAIN: Final = (
-    "Its publisher signs it again: `fallow council sign-model NAME` with any model on it, or a signature under "
-    "`fallow council propose --renew`."
-)
+_SIGN_AGAIN: Final = "Its publisher signs it again: `fallow council sign-model NAME` with any model on it."
+
+
+class Publisher(msgspec.Struct, frozen=True):
+    """One list, and whose it is."""
+
+    kind: str
+    name: str
+    key: NodeId
+    lists: frozenset[str]
+    """Digests or versions."""
+    expires: datetime
 
 
 class Situation:
@@ -33,10 +43,8 @@ class Situation:
         policy: FleetPolicy,
         members: dict[NodeId, str],
         threshold: int,
-        publishers: dict[str, dict[NodeId, str]],
-        models: int,
+        publishers: Sequence[Publisher],
         root_expires: datetime,
-        lists_expire: dict[str, datetime],
         timestamp_expires: datetime,
         halts: Sequence[tuple[str, Halt]],
         own: NodeId | None,
@@ -47,9 +55,7 @@ class Situation:
         self.members = members
         self.threshold = threshold
         self.publishers = publishers
-        self.models = models
         self.root_expires = root_expires
-        self.lists_expire = lists_expire
         self.timestamp_expires = timestamp_expires
         self.halts = halts
         self.own = own
@@ -64,21 +70,29 @@ class Situation:
             "allowed_models": self.policy.allowed_models,
             "version_min": self.policy.version_min,
             "tier_min": self.policy.tier_min.name.lower(),
-            "signed_models": self.models,
+            "signed_models": self._models(),
             "threshold": self.threshold,
             "members": [{"name": name, "key": node, "you": node == self.own} for node, name in self.members.items()],
             "publishers": {
-                role: [{"name": name, "key": node} for node, name in held.items()]
-                for role, held in self.publishers.items()
+                kind: [
+                    {"name": each.name, "key": each.key, "lists": len(each.lists), "expires": each.expires.isoformat()}
+                    for each in self.publishers
+                    if each.kind == kind
+                ]
+                for kind in sorted({each.kind for each in self.publishers})
             },
             "council_expires": self.root_expires.isoformat(),
-            "lists_expire": {role: moment.isoformat() for role, moment in self.lists_expire.items()},
             "timestamp_expires": self.timestamp_expires.isoformat(),
             "halts": [
                 {"by": name, "why": halt.why, "epoch": halt.epoch, "issued_unix_s": halt.issued_unix_s}
                 for name, halt in self.halts
             ],
         }
+
+    def _models(self) -> int:
+        """How many are signed, by one publisher or several, in lists that have not run out."""
+        lists = [each.lists for each in self.publishers if each.kind == MODELS and each.expires > self.now]
+        return len(frozenset[str]().union(*lists))
 
     def sentences(self) -> list[str]:
         """For people, the most urgent first."""
@@ -100,15 +114,17 @@ class Situation:
         remark = quorum_remark(len(self.members), self.threshold)
         if remark is not None:
             lines.append(remark)
-        lines.append(_policy_sentence(policy, self.models))
-        for role, held in self.publishers.items():
-            lines.append(f"Publishers of {role}: {', '.join(name or node[:8] for node, name in held.items())}.")
-        for role, expires in self.lists_expire.items():
-            if expires <= self.now:
-                lines.insert(0, f"The list of {role} ran out on {expires:%d %B %Y}, and lists nothing. {_SIGN_AGAIN}")
-            elif (expires - self.now).total_seconds() < SOON_S:
-                lines.insert(0, f"SOON: the list of {role} runs out on {expires:%d %B %Y}. {_SIGN_AGAIN}")
-        if not self.publishers:
+        lines.append(_policy_sentence(policy, self._models()))
+        for kind in sorted({each.kind for each in self.publishers}):
+            told = [f"{each.name} ({len(each.lists)} listed)" for each in self.publishers if each.kind == kind]
+            lines.append(f"Publishers of {kind}: {', '.join(told)}.")
+        for each in self.publishers:
+            whose, day = f"list of {each.kind} by {each.name}", f"{each.expires:%d %B %Y}"
+            if each.lists and each.expires <= self.now:  # an empty one is missed by nobody
+                lines.insert(0, f"The {whose} ran out on {day}, and lists nothing. {_SIGN_AGAIN}")
+            elif each.lists and (each.expires - self.now).total_seconds() < SOON_S:
+                lines.insert(0, f"SOON: the {whose} runs out on {day}. {_SIGN_AGAIN}")
+        if not any(each.kind == MODELS for each in self.publishers):
             lines.append("Nobody may publish models, so that none can be loaded.")
         by = f"The council must meet again (`fallow council propose --renew`) before {self.root_expires:%d %B %Y}."
         if (self.root_expires - self.now).total_seconds() < SOON_S:

@@ -156,7 +156,7 @@ def remove(
     freed = store.remove(name)
     say(f"Removed {name}; {_size(freed)} are free again.")
     if withdraw_model(settings(config, {"state_dir": state_dir}).config.state_dir, digest, time.time()):
-        say("Its signature was withdrawn: devices load it no more.")
+        say("This publisher's signature was withdrawn: devices load it no more, unless another signed it.")
 
 
 def _publish(state_dir: Path, store: Any, digest: Digest) -> None:

@@ -62,30 +62,24 @@ def leave(
     state_dir: StateDir = None,
     config: ConfigFile = None,
 ) -> None:
-    """End this device's membership. Its key and its files stay until you delete them.
+    """End this device's membership, at once. Its key and its files stay until you delete them.
 
-    Stop `fallow join` first. To lend the device again it takes a new invitation.
+    If the device runs, it says goodbye first: running answers move to other devices, and `fallow join` ends. Then the
+    registrar strikes it off: the bus cuts it and others drop it, within 5 seconds where the registrar runs, and it gets
+    no new passport. To lend the device again it takes a new invitation.
     """
-    from fallow import wiring
+    from fallow.processes.leaving import leave as ended
     from fallow.trust import membership
+    from fallow.trust.registrar.state import NETWORK_FILE, read_network
 
     loaded = settings(config, {"state_dir": state_dir}).config
     folder = loaded.device_dir
     if not membership.is_member(folder):
         raise ConfigError(f"The device whose files lie in {folder} is no member of a network.")
-    member = membership.load(folder, wiring.identity(folder), wiring.clock())
-    name = member.network.name
+    name = read_network((folder / NETWORK_FILE).read_bytes()).name
     if not yes and not typer.confirm(f"Leave the network {name!r}?", default=False):
         raise typer.Exit(1)
-
-    async def left() -> None:
-        try:
-            await member.leave()
-        finally:
-            await member.close()
-
-    asyncio.run(left())
-    say(f"This device has left {name!r}. Delete {folder} to remove everything that Fallow kept for it.")
+    asyncio.run(ended(loaded, say))
 
 
 def _confirm(name: str, yes: bool) -> None:

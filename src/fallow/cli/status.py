@@ -19,6 +19,7 @@ from fallow.domain.fleet import (
     Heartbeat,
     HostedStage,
     ModelEntry,
+    QuarantinedDevice,
     StageStatus,
 )
 from fallow.domain.ids import Digest, NodeId
@@ -102,10 +103,16 @@ def tables(fleet: FleetStatus) -> RenderableType:
     if fleet.coordinators:
         parts += [Text(), _coordinators(fleet.coordinators)]
     parts += _neighbours(fleet)
+    parts += [_quarantined(each, names) for each in fleet.quarantined]
     if fleet.dropped_messages:
         dropped = ", ".join(f"{count} {kind}" for kind, count in sorted(fleet.dropped_messages.items()))
         parts += [Text(), Text(f"Messages that were not believed: {dropped}", style="yellow")]
     return Group(*parts)
+
+
+def _quarantined(device: QuarantinedDevice, names: dict[NodeId, str]) -> Text:
+    name = f"{_name(device.node, names)} ({device.node[:SHORT_ID_CHARS]})"
+    return Text(f"In quarantine for {_duration(device.left_s)}: {name}, because {device.why}", style="yellow")
 
 
 def _coordinators(coordinators: tuple[CoordinatorReport, ...]) -> Text:

@@ -10,10 +10,14 @@ from typing import Final
 
 import msgspec
 
+from fallow.coordinator import registry
+from fallow.coordinator.registry import Fleet
 from fallow.domain.fleet import Catalogue, FleetStatus
 from fallow.domain.ids import NodeId
 from fallow.fabric.contract import MAX_BUS_MESSAGE_BYTES
 
+STATUS_NODES_MAX: Final = 500
+"""Devices that a status names, at most; more would not fit a bus message in any case."""
 KEPT_S: Final = 0.5
 SILENCE_BYTES: Final = 100
 """A device's entry in `silent_s`: its id and a number."""
@@ -93,6 +97,15 @@ def _filled(bare: FleetStatus, status: FleetStatus, bytes_max: int) -> FleetStat
         silent_s={node: silent_s for node, silent_s in status.silent_s.items() if node in here},
         nodes_left_out=status.nodes_left_out + len(status.nodes) - len(nodes),
     )
+
+
+def catalogue_answer(fleet: Fleet, quarantined: int) -> Catalogue:
+    """What is served now."""
+    models = tuple(
+        msgspec.structs.replace(entry, servable=registry.servable(fleet, entry)) for entry in fleet.entries().values()
+    )
+    stores = tuple(heard.announced.address for heard in fleet.stores.values())
+    return Catalogue(models=models, stores=stores, quarantined=quarantined)
 
 
 def encode_catalogue(catalogue: Catalogue, bytes_max: int = MAX_BUS_MESSAGE_BYTES) -> bytes:

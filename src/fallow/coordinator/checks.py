@@ -7,6 +7,7 @@ Thousands of heartbeats are checked a second: what a check costs is comparing, a
 """
 
 import re
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, TypeVar
 
@@ -50,6 +51,7 @@ LINKS_MAX = 4096
 HOPS_MAX = 128
 GRANT_MAX_BYTES = 8192
 EXCLUDED_MAX = 1024
+ACCUSED_MAX = 8
 MODELS_MAX = 256
 ENDPOINTS_MAX = 16
 MANIFEST_MAX_BYTES = 32 << 20
@@ -76,6 +78,7 @@ KINDS_MAX = 32
 _HEX = re.compile(r"[0-9a-f]+")
 _CELL = re.compile(r"[A-Za-z0-9_-]{1,32}")
 _SESSION = re.compile(r"[0-9a-f]{32}")
+_BOOT = re.compile(r"[0-9]{1,16}(\.[0-9]{1,9})?")
 _T = TypeVar("_T")
 
 
@@ -208,6 +211,13 @@ def _route_request(request: RouteRequest) -> RouteRequest:
     _number("reserve_tokens", request.reserve_tokens, 1, CONTEXT_MAX_TOKENS)
     _number("the number of hops to keep", len(request.keep), 0, HOPS_MAX)
     _number("the number of nodes to exclude", len(request.exclude), 0, EXCLUDED_MAX)
+    _number("the number of accusations", len(request.accused), 0, ACCUSED_MAX)
+    for told in request.accused:
+        _id("an accused node's id", told.node)
+        _id("the id of a node that refused", told.refused_by or told.node)
+        _number("the number of others behind an accusation", len(told.others), 0, HOPS_MAX)
+        for other in told.others:
+            _id("a node id behind an accusation", other)
     for hop in request.keep:
         _address(hop.address)
         _number("a kept hop's first layer", hop.span.first, 0, LAYERS_MAX)
@@ -218,14 +228,15 @@ def _route_request(request: RouteRequest) -> RouteRequest:
 # --- between cells --------------------------------------------------------------------------------
 
 
-def cell_digest(subject: str, message: bytes) -> CellDigest:
-    """A digest that came on `subject`, which names its cell."""
+def cell_digest(subject: str, message: bytes, read: Callable[[bytes], CellDigest]) -> CellDigest:
+    """A digest that came on `subject`, which names its cell. `read` opens it (`CellWords.told`)."""
     _size("a digest", message, DIGEST_MAX_BYTES)
-    digest = decode(message, CellDigest)
+    digest = read(message)
     _cell(digest.cell)
     if subject != digests(digest.cell):
         raise _refusal(f"a digest of the subject's cell ({subject})", digest.cell)
-    _text("a boot id", digest.boot, NAME_MAX_CHARS)
+    if not _BOOT.fullmatch(digest.boot):
+        raise _refusal("the time when a term began, in digits", digest.boot)
     _text("a region", digest.region, REGION_MAX_CHARS)
     _number("a sequence number", digest.sequence, 0, 1 << 62)
     _number("devices", digest.devices, 0, DEVICES_MAX)
@@ -248,9 +259,9 @@ def _model_digest(told: ModelDigest) -> None:
         raise _refusal("a servable model without missing layers", str(told.missing[0]))
 
 
-def cell_question(message: bytes) -> CellQuestion:
-    """What another cell asks."""
-    question: CellQuestion = decode(message, CellQuestion)  # type: ignore[arg-type]  # a union is no type to mypy
+def cell_question(message: bytes, read: Callable[[bytes], CellQuestion]) -> CellQuestion:
+    """What another cell asks. `read` opens it (`CellWords.asked`)."""
+    question = read(message)
     _cell(question.cell)
     if isinstance(question, FindChain):
         _route_request(question.request)
@@ -260,8 +271,8 @@ def cell_question(message: bytes) -> CellQuestion:
 
 
 def route_reply(message: bytes, request: RouteRequest, layer_count: int) -> RouteReply:
-    """Another cell's answer to a request: a chain over exactly the model's layers of devices that are all different and
-    not excluded, or an error."""
+    """Another cell's answer to a request: a chain over exactly the model's layers of devices that are not excluded, no
+    stage of which comes twice, or an error."""
     reply = decode(message, RouteReply)
     _text("an error", reply.error or "", TEXT_MAX_CHARS)
     _text("an error's code", reply.code or "", NAME_MAX_CHARS)
@@ -276,12 +287,13 @@ def route_reply(message: bytes, request: RouteRequest, layer_count: int) -> Rout
         edge = hop.span.last
     if edge != layer_count:
         raise _refusal(f"a chain of {layer_count} layers", f"{edge}")
-    nodes = {hop.address.node for hop in reply.hops}
+    stages = {(hop.address.node, hop.visit) for hop in reply.hops}
+    nodes = {node for node, _ in stages}
     _number("the number of grants", len(reply.grants), 0, len(reply.hops))
     for grant in reply.grants:
         _size("a grant", grant, GRANT_MAX_BYTES)
-    if len(nodes) < len(reply.hops) or nodes & set(request.exclude):
-        raise _refusal("hops of different devices, none of them excluded", " ".join(node[:8] for node in nodes))
+    if len(stages) < len(reply.hops) or nodes & set(request.exclude):
+        raise _refusal("hops of different stages, no device excluded", " ".join(sorted(node[:8] for node in nodes)))
     return reply
 
 

@@ -8,7 +8,7 @@ from typing import Final
 import msgspec
 
 from fallow.domain.clock import Clock
-from fallow.domain.errors import BusMessageError
+from fallow.domain.errors import BusMessageError, FallowError
 from fallow.domain.fleet import RouteReply
 from fallow.fabric.contract import BusHandler
 
@@ -37,7 +37,7 @@ class Guard:
 
         return handle
 
-    def drop(self, kind: str, error: BusMessageError) -> None:
+    def drop(self, kind: str, error: FallowError) -> None:
         """Count a message that was not believed."""
         self.dropped[kind] += 1
         now_s = self._clock.monotonic_s()

@@ -3,13 +3,17 @@
 Rules
 - The leading coordinator of every cell publishes a `CellDigest` each `digest_interval_s`. A neighbour that is silent
   for `digest_silence_max_s` is forgotten; one that does not answer, or answers nonsense, is left alone for as long.
+  A digest from before the last one is not taken, whichever leader told it: a captured bus may say it again. So a new
+  leader whose clock is behind the last one's is first heard when the cell has been silent for that long.
 - A session whose cell has no chain for it, or is loaded beyond `load_max`, gets a chain of a neighbour's devices. Its
   gateway sees a chain like any other. When that chain breaks, the cell that gave it repairs it.
 - What a neighbour asks is answered from this cell alone, so that a question never travels further; a cell that is
   loaded beyond the bound itself gives no chains. A chain's grants are given by the cell whose devices they are for.
+  What its gateways report of devices goes to this cell's book of suspects, as that cell's word.
 - Where layers of a model are held by nobody here, neighbours are asked who there has its files, and the placer names
   them as sources.
-- Digests and answers are checked like heartbeats (`checks.py`). At most `NEIGHBOURS_MAX` cells are known, and
+- What is told and asked is signed by a coordinator of the cell that says it (`trust/cell_words.py`), and checked like
+  heartbeats, as answers are (`checks.py`). At most `NEIGHBOURS_MAX` cells are known, and
   `GIVEN_MAX` sessions remembered.
 
 Which neighbour is asked is decided in `policy/cells.py`.
@@ -27,7 +31,7 @@ from fallow.coordinator import checks, registry
 from fallow.coordinator.registry import Fleet
 from fallow.domain.cells import CellDigest, ModelDigest, NeighbourCell, digests
 from fallow.domain.clock import Clock
-from fallow.domain.errors import BusMessageError, FabricError, NoRoute
+from fallow.domain.errors import BusMessageError, FabricError, FallowError, NoRoute, TrustError
 from fallow.domain.fleet import (
     CellQuestion,
     FilesFound,
@@ -45,6 +49,7 @@ from fallow.fabric.contract import Bus, Subscription
 from fallow.policy import cells
 from fallow.policy.cells import CellRules, Neighbour
 from fallow.policy.routing_weights import Weights
+from fallow.trust.contract import CellWords
 
 NEIGHBOURS_MAX = 64
 GIVEN_MAX = 16_384
@@ -85,10 +90,12 @@ class Neighbours:
         fleet: Fleet,
         route: Callable[[RouteRequest], RouteReply],
         weights: Callable[[Digest], Weights | None],
-        drop: Callable[[str, BusMessageError], None],
+        drop: Callable[[str, FallowError], None],
+        words: CellWords,
+        accused: Callable[[str, RouteRequest], None],
     ) -> None:
         """`route` answers from this cell alone; `weights` are the router's of a model, once it has worked them out;
-        `drop` counts what was not believed."""
+        `drop` counts what was not believed; `accused` takes what the named cell's gateways report of devices."""
         self._cell = cell
         self._bus = bus
         self._clock = clock
@@ -97,6 +104,8 @@ class Neighbours:
         self._route = route
         self._weights = weights
         self._drop = drop
+        self._words = words
+        self._accused = accused
         self._subjects = Subjects(cell)
         self._known: dict[str, _Known] = {}
         self._given: OrderedDict[SessionId, str] = OrderedDict()
@@ -144,9 +153,10 @@ class Neighbours:
     # --- telling and hearing --------------------------------------------------------------------
 
     async def _tell(self) -> None:
-        while True:
+        # Not for ever: an answer that arrives together with the cancellation swallows it (`asyncio.wait_for`, 3.11).
+        while self._telling is asyncio.current_task():
             try:
-                await self._bus.publish(self._subjects.digest, msgspec.json.encode(self.digest()))
+                await self._bus.publish(self._subjects.digest, self._words.tell(self.digest()))
                 self._forget()
                 await asyncio.gather(*(self._measure(cell) for cell in list(self._known)))
                 await self._look_for_files()
@@ -182,8 +192,8 @@ class Neighbours:
 
     async def _on_digest(self, subject: str, message: bytes) -> None:
         try:
-            digest = checks.cell_digest(subject, message)
-        except BusMessageError as error:
+            digest = checks.cell_digest(subject, message, self._words.told)
+        except (BusMessageError, TrustError) as error:
             self._drop("digest", error)
             return
         if digest.cell == self._cell:
@@ -193,7 +203,7 @@ class Neighbours:
             if len(self._known) < NEIGHBOURS_MAX:
                 self._known[digest.cell] = _Known(digest, self._clock.monotonic_s())
                 log.info("cell %s is a neighbour: %d devices", digest.cell, digest.devices)
-        elif digest.boot != known.digest.boot or digest.sequence > known.digest.sequence:
+        elif _when(digest) > _when(known.digest):
             known.digest, known.heard_s = digest, self._clock.monotonic_s()
 
     def _forget(self) -> None:
@@ -292,7 +302,7 @@ class Neighbours:
     async def _ask(self, cell: str, question: CellQuestion, check: Callable[[bytes], _T]) -> _T | None:
         """The checked answer of a cell; `None` when there is none to be believed, and then it is left alone a while."""
         try:
-            answer = await self._bus.request(Subjects(cell).ask, msgspec.json.encode(question), ASK_TIMEOUT_S)
+            answer = await self._bus.request(Subjects(cell).ask, self._words.ask(question, cell), ASK_TIMEOUT_S)
             return check(answer)
         except BusMessageError as error:
             self._drop("neighbour", error)
@@ -305,12 +315,13 @@ class Neighbours:
 
     async def _on_question(self, _: str, message: bytes) -> bytes | None:
         try:
-            question = checks.cell_question(message)
-        except BusMessageError as error:
+            question = checks.cell_question(message, self._words.asked)
+        except (BusMessageError, TrustError) as error:
             self._drop("neighbour", error)
             return None
         match question:
-            case FindChain(request=request):
+            case FindChain(cell=cell, request=request):
+                self._accused(cell, request)
                 return msgspec.json.encode(self._lend(request))
             case FindFiles(model=model):
                 now_s = self._clock.monotonic_s()
@@ -327,3 +338,8 @@ class Neighbours:
         if own is not None and cells.overloaded(own, self._rules) and not request.keep:
             return RouteReply(error=f"cell {self._cell} is loaded to the bound itself", code=NoRoute.code)
         return self._route(request)
+
+
+def _when(digest: CellDigest) -> tuple[float, int]:
+    """Orders the digests of one cell: what was true in an earlier term, or earlier in this one, is true no more."""
+    return float(digest.boot), digest.sequence

@@ -8,7 +8,8 @@ Rules
 - An order is sent until it is acknowledged, `ORDER_TRIES_MAX` times. A newer order for the same node and model replaces
   it. What came of it shows in heartbeats; nothing is remembered beyond `asked_valid_s`.
 - A node that failed to load a model is not asked again for `failure_retry_s`.
-- Every order is signed, for each attempt anew, and none is given while we may not work (`trust/`).
+- Every order is signed, for each attempt anew and for the run of the device that was heard of last, and none is given
+  while we may not work (`trust/`). That a device has been started anew meanwhile is no failure: it is asked again.
 - Every order carries the epoch of our term, and is sent only while it lasts. What devices say of higher epochs is
   judged by `witnesses.py`; one that refuses for such gets no orders for a while.
 
@@ -176,8 +177,10 @@ class Placer:
         self._changed.set()
 
     def _uncovered(self) -> bool:
+        """Whether a model that may be placed has a layer that nobody holds: others stay so whatever is ordered."""
         fleet = self._fleet()
-        return any(not registry.servable(fleet, entry) for entry in fleet.entries().values())
+        missing = (model for model, entry in fleet.entries().items() if not registry.servable(fleet, entry))
+        return any(self._lease.allows(model) for model in missing)
 
     # --- the loop -------------------------------------------------------------------------------
 
@@ -309,9 +312,13 @@ class Placer:
         what = ", ".join(map(str, command.stage.pieces)) if isinstance(command, PlaceStage) else "nothing"
         log.info("asking node %s to host %s of model %s", node[:8], what, key[1][:8])
         for attempt in range(ORDER_TRIES_MAX):
+            member = self._fleet().members.get(node)
             if self._authority.epoch() != command.epoch or self._lease.standing is not Standing.WORKING:
                 break
-            message = self._sealing.seal(command, node)
+            if member is None:
+                break
+            boot = member.heartbeat.boot
+            message = self._sealing.seal(command, node, boot)
             try:
                 reply = await self._bus.request(self._subjects.command(node), message, ORDER_TIMEOUT_S)
                 accepted = msgspec.json.decode(reply, type=Accepted)
@@ -324,6 +331,10 @@ class Placer:
                     self._sound_out()
                 self.on_change()
                 break
+            if accepted.boot not in {None, boot}:
+                log.info("node %s was started anew before it took an order, attempt %d", node[:8], attempt + 1)
+                await self._clock.sleep(ORDER_TIMEOUT_S / 4)
+                continue
             if not accepted.ok:
                 log.warning("node %s refused to host %s: %s", node[:8], what, accepted.message)
                 self._note_failure(*key)

@@ -16,7 +16,8 @@ from types import MappingProxyType
 
 import msgspec
 
-from fallow.domain.charter import Standing
+from fallow.coordinator.stores import STORE_FORGOTTEN_S, STORES_MAX, HeardStore, catalogue_of, store_sources
+from fallow.domain.charter import Charter, Standing
 from fallow.domain.errors import BusMessageError
 from fallow.domain.fleet import (
     GatewayReport,
@@ -34,16 +35,12 @@ from fallow.domain.model import Quantisation, StageSpec, cut_points, held_bytes
 from fallow.policy import membership
 from fallow.policy.membership import Member, MembershipRules, Presence
 from fallow.policy.placement_inputs import ModelNeed, NodeRoom
+from fallow.policy.rebuild import send_row_s
 from fallow.policy.routing import Carrier, ModelShape
 
 NODES_MAX = 32_768
-STORES_MAX = 16
 GATEWAYS_MAX = 256
 GATEWAY_SILENCE_MAX_S = 10.0
-STORE_SILENCE_MAX_S = 15.0
-"""Its models stay in the catalogue, because devices have them; but it is no longer the first to be asked for files."""
-STORE_FORGOTTEN_S = 600.0
-"""One that was not heard of for so long gives its place to a new one, where there is no other."""
 LAYER_UNKNOWN_S = 0.001
 EDGES_KEPT_MAX = 1024
 
@@ -54,13 +51,6 @@ class HeardGateway(msgspec.Struct, frozen=True):
     """A gateway's last report, and when it came."""
 
     report: GatewayReport
-    heard_s: float
-
-
-class HeardStore(msgspec.Struct, frozen=True):
-    """A store's last announcement, and when it came."""
-
-    announced: StoreAnnounced
     heard_s: float
 
 
@@ -114,6 +104,7 @@ class Fleet:
         self.members: dict[NodeId, Member] = {}
         self.stores: dict[NodeId, HeardStore] = {}
         self.gateways: dict[NodeId, HeardGateway] = {}
+        self.charter: Charter | None = None
         self.elsewhere: Mapping[Digest, tuple[PeerAddress, ...]] = {}
         """Peers of other cells that have files of models with layers that nobody here holds."""
         self._present: dict[NodeId, Heartbeat] = {}
@@ -128,8 +119,7 @@ class Fleet:
         return MappingProxyType(self._present)
 
     def entries(self) -> dict[Digest, ModelEntry]:
-        """The catalogue in its order. Of two models of one name or digest, the first store's counts. Replaced when it
-        changes."""
+        """The catalogue in its order (`stores.py` says whose word counts in it). Replaced when it changes."""
         return self._entries
 
     def carriers(self, model: Digest) -> Mapping[NodeId, Carrier]:
@@ -205,6 +195,14 @@ class Fleet:
             self._recatalogue()
         return changed
 
+    def heed(self, charter: Charter | None) -> bool:
+        """The council's newest word, which stores are believed by. Whether the catalogue is another one by that."""
+        if charter is self.charter:
+            return False
+        self.charter, before = charter, self._entries
+        self._recatalogue()
+        return self._entries != before
+
     def part_with(self, stores: Iterable[NodeId]) -> bool:
         """Stores' words count no more. Whether the catalogue may be another one by that."""
         gone = [self.stores.pop(node) for node in list(stores) if node in self.stores]
@@ -236,13 +234,7 @@ class Fleet:
     def _recatalogue(self) -> None:
         """Work out the catalogue anew, and who carries the models that are new in it or changed."""
         self._facts += 1
-        found: dict[Digest, ModelEntry] = {}
-        names: set[str] = set()
-        for store in self.stores.values():
-            for entry in store.announced.models:
-                if entry.name not in names and entry.model not in found:
-                    names.add(entry.name)
-                    found[entry.model] = entry
+        found = catalogue_of(self.stores.values(), self.charter)
         indexes: dict[Digest, ModelIndex] = {}
         for model, entry in found.items():
             index = self._indexes.get(model)
@@ -300,12 +292,12 @@ def need_of(entry: ModelEntry, regions: frozenset[str] = frozenset(), tier_min: 
 
 def shape_of(entry: ModelEntry) -> ModelShape:
     """What a model looks like, for routing."""
-    embedding, head, layers = entry.weights_bytes
-    head_bytes = embedding if entry.config.tied_head else head
+    (embedding, head, layers), config = entry.weights_bytes, entry.config
     return ModelShape(
-        layer_count=entry.config.layer_count,
+        layer_count=config.layer_count,
         kv_bytes_per_token_layer=_kv_bytes_per_token_layer(entry),
-        head_layers=head_bytes * len(layers) / max(sum(layers), 1),
+        head_layers=(embedding if config.tied_head else head) * len(layers) / max(sum(layers), 1),
+        send_row_s=send_row_s(config.hidden_size),
     )
 
 
@@ -374,24 +366,18 @@ def servable(fleet: Fleet, entry: ModelEntry) -> bool:
 def sources_of(
     fleet: Fleet, model: Digest, for_node: NodeId | None, now_s: float, sources_max: int
 ) -> tuple[PeerAddress, ...]:
-    """Who has files of a model: stores that announce it, then nodes that carry some of it, then nodes that have some on
-    disk or are leaving with it, then peers of other cells, then stores that have been silent for long.
+    """Who has files of a model: stores that are believed to, then nodes that carry some of it, then nodes that have
+    some on disk or are leaving with it, then peers of other cells, then stores that have been silent for long.
 
     Nodes are taken from a place in the row that depends on who asks, so that devices that load at the same time do not
     all ask the same ones.
     """
-    stores = [
-        (now_s - heard.heard_s > STORE_SILENCE_MAX_S, heard.announced.address)
-        for heard in fleet.stores.values()
-        if any(entry.model == model for entry in heard.announced.models)
-    ]
+    fresh, stale = store_sources(fleet.stores.values(), model, fleet.charter, now_s)
     carrying, others = fleet.file_holders(model)
     start = int(for_node[-8:], 16) % max(len(carrying), 1) if for_node else 0
     # One more than are wanted: the one who asks may be among them.
     row = carrying[start : start + sources_max + 1]
     nodes = row + carrying[: min(start, sources_max + 1 - len(row))] + others[: sources_max + 1]
-    fresh = [address for silent, address in stores if not silent]
-    stale = [address for silent, address in stores if silent]
     found = dict.fromkeys([*fresh, *nodes, *fleet.elsewhere.get(model, ()), *stale])
     return tuple(address for address in found if address.node != for_node)[:sources_max]
 

@@ -21,7 +21,7 @@ from typing import Any
 import msgspec
 
 from fallow.coordinator import checks, registry
-from fallow.coordinator.answers import KeptAnswer, encode_catalogue, encode_status
+from fallow.coordinator.answers import STATUS_NODES_MAX, KeptAnswer, catalogue_answer, encode_catalogue, encode_status
 from fallow.coordinator.colleagues import Colleagues
 from fallow.coordinator.granted import granted, refusal, without_strangers
 from fallow.coordinator.guard import Guard
@@ -31,7 +31,8 @@ from fallow.coordinator.placer import Placer, PlacerTimes
 from fallow.coordinator.registry import NODES_MAX, Fleet
 from fallow.coordinator.roll import Roll
 from fallow.coordinator.router import Router
-from fallow.coordinator.stores import stores_to_drop
+from fallow.coordinator.stores import believed, disbelieved, stores_to_drop
+from fallow.coordinator.suspects import Suspects
 from fallow.coordinator.weighing import weigh_for_ever
 from fallow.domain.charter import Standing
 from fallow.domain.clock import Clock
@@ -67,8 +68,6 @@ RECENT_LOSS_S = 5.0
 """Who was lost so shortly before a term is announced again: the last leader may have died of the same."""
 OVERDUE_INTERVALS = 1.3
 """Whose heartbeat is later than this gets no repair of a running answer, where there is a chain without it."""
-STATUS_NODES_MAX = 500
-"""Devices that a status names, at most; more would not fit a bus message in any case (`answers.py`)."""
 
 log = logging.getLogger(__name__)
 
@@ -110,6 +109,7 @@ class Coordinator:
         self._orders = trust.orders
         self._roll = Roll(config.cell, trust.passports, trust.lease, clock)
         self.fleet = Fleet()
+        self._suspects = Suspects(clock, trust.lease, self.fleet)
         self._started_s = clock.monotonic_s()
         self._guard = Guard(clock)
         self._authority = authority or SoleAuthority()
@@ -119,8 +119,9 @@ class Coordinator:
         )  # fmt: skip
         self._router = Router(config.routing, config.membership.heartbeat_interval_s)
         self._neighbours = Neighbours(
-            config.cell, bus, clock, config.cells, self.fleet, self.route, self._router.weights, self._guard.drop
-        )
+            config.cell, bus, clock, config.cells, self.fleet, self.route, self._router.weights, self._guard.drop,
+            trust.cells, self._suspects.hear_cell,
+        )  # fmt: skip
         self._subscriptions: list[Subscription] = []
         self._colleagues = Colleagues(CoordinatorReport(id=id, name=name, lease=self._authority.by_lease), clock)
         self._status_answer = KeptAnswer()
@@ -246,7 +247,7 @@ class Coordinator:
     # --- facts ----------------------------------------------------------------------------------
 
     async def _on_heartbeat(self, subject: str, message: bytes) -> None:
-        heartbeat = self._roll.enter(checks.heartbeat(subject, message))
+        heartbeat = self._suspects.enter(self._roll.enter(checks.heartbeat(subject, message)))
         now_s = self._clock.monotonic_s()
         heard = self.fleet.hear(heartbeat, now_s, self._config.membership)
         if heard is None:
@@ -305,16 +306,22 @@ class Coordinator:
                 await self._depart(node, Presence.GONE, f"nothing was heard for {rules.silence_max_s:g} s")
             self.fleet.forget(now_s, rules)
             self._roll.forget_but(self.fleet.members)
-            if self.fleet.part_with(stores_to_drop(self.fleet.stores, self._roll.revoked, now_s)):
+            gone = stores_to_drop(self.fleet.stores, self.fleet.charter, self._roll.revoked, now_s)
+            if self.fleet.heed(self._lease.charter) | self.fleet.part_with(gone):
                 self._placer.on_change()
             self._placer.forget()
 
     async def _on_store(self, subject: str, message: bytes) -> None:
         announced = checks.store_announced(subject, message)
-        if self.fleet.announce(announced, self._clock.monotonic_s()):
+        charter = self._lease.charter
+        if charter is None and self._lease.standing is not Standing.WORKING:
+            return  # What publishers signed is not known yet. In the development mode nobody signs, and all works.
+        for error in disbelieved(announced, charter):
+            self._guard.drop("figures", error)
+        if self.fleet.heed(charter) | self.fleet.announce(announced, self._clock.monotonic_s()):
             log.info("store %s serves %d models", announced.address.node[:8], len(announced.models))
             ours = self.fleet.entries()
-            others = [entry.name for entry in announced.models if ours.get(entry.model) != entry]
+            others = [entry.name for entry in believed(announced, charter) if ours.get(entry.model) != entry]
             if others:
                 log.warning("store %s: another store came first with %s", announced.address.node[:8], ", ".join(others))
             self._placer.on_change()
@@ -326,6 +333,7 @@ class Coordinator:
 
     async def _on_route(self, subject: str, message: bytes) -> bytes:
         request = checks.gateway_request(subject, message)
+        self._suspects.hear(request)
         entry = self.fleet.entries().get(request.model)
         if entry is None or self._lease.standing is not Standing.WORKING:
             return msgspec.json.encode(self.route(request))
@@ -353,11 +361,7 @@ class Coordinator:
         return encode_catalogue(self.catalogue())
 
     def catalogue(self) -> Catalogue:
-        models = tuple(
-            msgspec.structs.replace(entry, servable=registry.servable(self.fleet, entry))
-            for entry in self.fleet.entries().values()
-        )
-        return Catalogue(models=models, stores=tuple(heard.announced.address for heard in self.fleet.stores.values()))
+        return catalogue_answer(self.fleet, self._suspects.count())
 
     async def _on_status(self, _: str, __: bytes) -> bytes:
         now_s = self._clock.monotonic_s()
@@ -376,6 +380,7 @@ class Coordinator:
             unplaceable=dict(self._placer.unplaceable),
             dropped_messages=dict(self._guard.dropped),
             coordinators=(self._colleagues.report(), *self._colleagues.others()),
+            quarantined=self._suspects.told(),
             neighbours=self._neighbours.known(),
             standing=self._lease.standing,
             why=self._lease.why,

@@ -29,7 +29,7 @@ class CellDigest(msgspec.Struct, frozen=True, kw_only=True):
 
     cell: str
     boot: str
-    """Another one whenever a coordinator begins to lead."""
+    """When the coordinator began to lead, in seconds since 1970, in decimal digits."""
     sequence: int
     """Counts up within one `boot`."""
     devices: int

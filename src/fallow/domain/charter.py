@@ -11,7 +11,8 @@ from typing import Annotated
 import msgspec
 
 from fallow.domain.fleet import Tier
-from fallow.domain.ids import Digest, NodeId
+from fallow.domain.ids import Digest, ModelName, NodeId
+from fallow.domain.model import Quantisation
 
 LEASE_S = 600.0
 LEASE_MIN_S = 5.0
@@ -51,6 +52,31 @@ class FleetPolicy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     lease_s: Annotated[float, msgspec.Meta(ge=LEASE_MIN_S, le=LEASE_MAX_S)] = LEASE_S
 
 
+class ModelFigures(msgspec.Struct, frozen=True, kw_only=True):
+    """What coordinators place and route a model by. A publisher signs it beside the digest of the manifest."""
+
+    name: ModelName
+    manifest_bytes: int
+    quantisation: Quantisation
+    layer_bytes: tuple[int, ...]
+    """Of each layer's file, in their order."""
+    embedding_bytes: int
+    head_bytes: int
+    tied_head: bool
+    hidden_size: int
+    kv_head_count: int
+    head_dim: int
+
+
+class SignedModel(msgspec.Struct, frozen=True):
+    """What publishers signed of a model that the policy allows."""
+
+    rank: int
+    """Of the first publisher who signed it, in the council's order: of two models of one name, the lower counts."""
+    figures: tuple[ModelFigures, ...]
+    """By each publisher whose signature brings some; the same ones, where all of them are honest."""
+
+
 class Charter(msgspec.Struct, frozen=True, kw_only=True):
     """The result of one check, every signature verified."""
 
@@ -62,6 +88,8 @@ class Charter(msgspec.Struct, frozen=True, kw_only=True):
     timestamp_expires_unix_s: float
     models: frozenset[Digest]
     """Digests of manifests that publishers signed and the policy allows."""
+    signed: Mapping[Digest, SignedModel] = {}
+    """What was signed of each of these models."""
     releases: frozenset[str] = frozenset()
     """Versions of Fallow that publishers signed."""
 

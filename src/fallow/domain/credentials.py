@@ -11,6 +11,7 @@ import msgspec
 
 from fallow.domain.fleet import Tier
 from fallow.domain.ids import NodeId
+from fallow.domain.network import Places
 
 PASSPORT_LIFE_S = 3600.0
 """The longest that a passport is good for."""
@@ -48,18 +49,34 @@ class Passport(msgspec.Struct, frozen=True, kw_only=True):
     """The document itself."""
 
 
+class Departure(StrEnum):
+    """How a key ceased to be a member."""
+
+    REVOKED = "revoked"
+    """It was shut out, for good."""
+    LEFT = "left"
+    """It went, or was retired, and may come back: a newer list that does not name it says that it is out no more."""
+    RETURNED = "returned"
+    """It left and was admitted anew: it is welcome, with a newer passport."""
+
+
 class Revocation(msgspec.Struct, frozen=True, kw_only=True):
-    """A key that is no longer welcome: passports issued to it up to then are void."""
+    """A key that was shut out, or left. Why is between it and the registrar."""
 
     node: NodeId
     revoked_unix_s: float
-    why: str
+    """Passports issued to it up to then are void."""
+    departure: Departure
 
 
 class RevocationList(msgspec.Struct, frozen=True, kw_only=True):
-    """Every revocation that still matters, signed by the registrar (`fallow/revocations`)."""
+    """Every revocation that still matters, and where the network is, signed by the registrar (`fallow/revocations`)."""
 
     sequence: int
     """Counts up; a lower one is an old list."""
+    issued_unix_s: float
+    """When the registrar said so. What it said a day ago is nobody's news."""
     cell: str
     revocations: tuple[Revocation, ...]
+    places: Places | None = None
+    """Where the network can be reached now, as far as the registrar was told."""

@@ -11,7 +11,7 @@ import msgspec
 
 from fallow.domain.cells import NeighbourCell
 from fallow.domain.frames import PeerAddress
-from fallow.domain.ids import Digest, ModelName, NodeId, SessionId
+from fallow.domain.ids import VISITS_MAX, Digest, ModelName, NodeId, SessionId
 from fallow.domain.model import ModelConfig, Quantisation, Span, StageSpec
 from fallow.domain.subjects import Subjects as Subjects  # noqa: PLC0414 - messages and where they go are asked for together
 from fallow.domain.subjects import sender_of as sender_of  # noqa: PLC0414
@@ -69,6 +69,8 @@ class HostedStage(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """Share of the files that are here and verified, 0 to 1."""
     speed: Speed | None = None
     error: str | None = None
+    damaged: bool = False
+    """It failed because the device found that what it computes with had changed (its canary, its weights)."""
 
 
 class Heartbeat(msgspec.Struct, frozen=True, kw_only=True, gc=False):
@@ -151,6 +153,8 @@ class Accepted(msgspec.Struct, frozen=True, kw_only=True):
     message: str = ""
     epoch: Epoch | None = None
     """With a refusal of an order of a lower epoch: the highest that this device has heard of."""
+    boot: str | None = None
+    """With a refusal of an order that was not believed: this run's, of which the coordinator may not have heard yet."""
 
 
 class LeaderChanged(msgspec.Struct, frozen=True, kw_only=True):
@@ -183,8 +187,21 @@ class Hop(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     address: PeerAddress
     span: Span
+    visit: Annotated[int, msgspec.Meta(ge=0, lt=VISITS_MAX)] = 0
+    """Which of the session's stages on that device: a chain that was repaired may come to a device again."""
     grant: bytes = b""
     """At a gateway, the leave to open it, out of `RouteReply.grants`. It never travels with a hop."""
+
+
+class Accusation(msgspec.Struct, frozen=True, kw_only=True):
+    """A device's numbers were refused: rows by the next device, or results by the gateway."""
+
+    node: NodeId
+    others: tuple[NodeId, ...] = ()
+    """Who else could have brought it about, the gateway apart: the device that refused them, and those of the chain
+    whose rows the accused computed with."""
+    refused_by: NodeId | None = None
+    """Which of those refused them; `None`: the gateway."""
 
 
 class RouteRequest(msgspec.Struct, frozen=True, kw_only=True):
@@ -198,6 +215,8 @@ class RouteRequest(msgspec.Struct, frozen=True, kw_only=True):
     origin: NodeId | None = None
     rebuild_tokens: Annotated[int, msgspec.Meta(ge=0, le=1 << 24)] = 0
     """How many tokens newcomers must compute anew before the next one: a running answer waits for it."""
+    accused: tuple[Accusation, ...] = ()
+    """Whose numbers this gateway has seen refused since its last request, in any of its sessions."""
 
 
 class RouteReply(msgspec.Struct, frozen=True, kw_only=True):
@@ -237,6 +256,8 @@ class Catalogue(msgspec.Struct, frozen=True, kw_only=True):
     """Peers that hold every file: the operator's store first."""
     models_left_out: int = 0
     """Models that are served beside `models`, for which the message has no room."""
+    quarantined: int = 0
+    """Devices that are out of service on suspicion."""
 
 
 class StoreAnnounced(msgspec.Struct, frozen=True, kw_only=True):
@@ -289,6 +310,15 @@ class FilesFound(msgspec.Struct, frozen=True, kw_only=True):
     sources: tuple[PeerAddress, ...]
 
 
+class QuarantinedDevice(msgspec.Struct, frozen=True, kw_only=True):
+    """A device that is out of service on suspicion."""
+
+    node: NodeId
+    left_s: float
+    why: str
+    """For people."""
+
+
 class FleetStatus(msgspec.Struct, frozen=True, kw_only=True):
     """What the coordinator knows, for `fallow status` and operators' tools."""
 
@@ -303,6 +333,7 @@ class FleetStatus(msgspec.Struct, frozen=True, kw_only=True):
     """Bus messages that were not believed, counted by the kind of message."""
     coordinators: tuple[CoordinatorReport, ...] = ()
     """The one that leads and answers this first, then those that stand by."""
+    quarantined: tuple[QuarantinedDevice, ...] = ()
     neighbours: tuple[NeighbourCell, ...] = ()
     """Other cells, nearest first."""
     nodes_left_out: int = 0

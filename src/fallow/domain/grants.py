@@ -36,8 +36,10 @@ class Order(msgspec.Struct, frozen=True, kw_only=True):
 
     cell: str
     node: NodeId
+    boot: str
+    """Of the device's run that it is for (`Heartbeat.boot`): one that was started anew since does not take it."""
     sequence: int
-    """Rises with every order of a coordinator, over its restarts, too: a device takes none twice."""
+    """Rises with every order of a coordinator, over its restarts, too: a run takes none twice."""
     issued_unix_s: float
     command: NodeCommand
 

@@ -1,4 +1,4 @@
-"""Gives a running NATS server a newer JWT of the fleet's account: how a revocation reaches it.
+"""Gives a running NATS server a newer JWT of an account, the fleet's or its own: how a revocation reaches it.
 
 Rules
 - The server cuts the connections of whom the new JWT revokes before it answers, and lets them in no more.

@@ -166,7 +166,7 @@ class Broker:
         """Who may join: the part of the configuration that differs between the two modes."""
         if self._trust is None:
             return password_mode(Passwords(self._state.password, self._state.system_password))
-        files = TrustFiles(self._dir / "bus.pem", self._dir / "bus.key", self._dir / "accounts")
+        files = TrustFiles.of(self._dir)
         write_durably(files.certificate, self._trust.certificate_pem.encode())
         write_durably(files.key, self._trust.key_pem.encode())
         return trusted_mode(self._trust, files)

@@ -7,6 +7,7 @@ Rules
   over can read and drop what crosses it, and refuse or keep connections, but lets nobody in elsewhere.
 - Accounts lie in the server's own folder. At its start it keeps what is there when that was issued in a later second
   than what the configuration brings, so that a restart with old words does not undo a revocation.
+- Whatever is put between quotes is printable text: nats-server reads UTF-8 and few escapes, and JSON's `\\u` is none.
 """
 
 import json
@@ -65,15 +66,20 @@ class TrustFiles(msgspec.Struct, frozen=True):
     key: Path
     accounts: Path
 
+    @classmethod
+    def of(cls, folder: Path) -> "TrustFiles":
+        """Of a server whose state is in `folder`."""
+        return cls(folder / "bus.pem", folder / "bus.key", folder / "accounts")
+
 
 def configuration(folder: Path, listen: str, identity: str) -> str:
-    """The whole configuration of a server with its state in `folder`; `identity` is one of the two below."""
-    quote = json.dumps
-    return f"""# Written by Fallow at every start; changes are lost.
+    """The whole configuration of a server with its state in `folder`; `identity` is one of the two below. Raises
+    `ConfigError` for a path that cannot be written into it."""
+    return f"""# Written by Fallow; changes are lost when it is written again.
 server_name: fallow
-listen: {quote(listen)}
-ports_file_dir: {quote(str(folder))}
-log_file: {quote(str(folder / "nats.log"))}
+listen: {_quote(listen)}
+ports_file_dir: {_quote(str(folder))}
+log_file: {_quote(str(folder / "nats.log"))}
 log_size_limit: 10MB
 max_payload: {MAX_BUS_MESSAGE_BYTES}
 max_pending: 64MB
@@ -83,7 +89,7 @@ write_deadline: "2s"
 ping_interval: "1s"
 ping_max: 2
 jetstream {{
-  store_dir: {quote(str(folder / "jetstream"))}
+  store_dir: {_quote(str(folder / "jetstream"))}
   sync_interval: always
   max_memory_store: 64MB
   max_file_store: 1GB
@@ -93,10 +99,9 @@ jetstream {{
 
 def password_mode(passwords: Passwords) -> str:
     """Two users with passwords, in the clear. For development."""
-    quote = json.dumps
     return f"""accounts {{
-  {ACCOUNT}: {{ jetstream: enabled, users: [ {{ user: fallow, password: {quote(passwords.fleet)} }} ] }}
-  SYS: {{ users: [ {{ user: system, password: {quote(passwords.system)} }} ] }}
+  {ACCOUNT}: {{ jetstream: enabled, users: [ {{ user: fallow, password: {_quote(passwords.fleet)} }} ] }}
+  SYS: {{ users: [ {{ user: system, password: {_quote(passwords.system)} }} ] }}
 }}
 system_account: SYS
 """
@@ -110,25 +115,31 @@ def trusted_mode(trust: BusTrust, files: TrustFiles) -> str:
     for account in (trust.account, trust.system_account):
         if not _ACCOUNT.fullmatch(account):
             raise ConfigError(f"expected the public nkey of an account, got {account[:12]!r}")
-    quote = json.dumps
-    return f"""operator: {quote(trust.operator_jwt)}
+    return f"""operator: {_quote(trust.operator_jwt)}
 system_account: {trust.system_account}
 resolver: {{
   type: full
-  dir: {quote(str(files.accounts))}
+  dir: {_quote(str(files.accounts))}
   allow_delete: false
   limit: {ACCOUNTS_MAX}
   timeout: "{FETCH_TIMEOUT_MS}ms"
 }}
 resolver_preload: {{
-  {trust.account}: {quote(trust.account_jwt)}
-  {trust.system_account}: {quote(trust.system_account_jwt)}
+  {trust.account}: {_quote(trust.account_jwt)}
+  {trust.system_account}: {_quote(trust.system_account_jwt)}
 }}
 tls {{
-  cert_file: {quote(str(files.certificate))}
-  key_file: {quote(str(files.key))}
+  cert_file: {_quote(str(files.certificate))}
+  key_file: {_quote(str(files.key))}
   handshake_first: true
   min_version: "1.3"
   timeout: {TLS_TIMEOUT_S}
 }}
 """
+
+
+def _quote(text: str) -> str:
+    """A string of nats-server's configuration."""
+    if not text.isprintable():
+        raise ConfigError(f"nats-server's configuration cannot hold {text!r}: it has characters that do not print.")
+    return json.dumps(text, ensure_ascii=False)

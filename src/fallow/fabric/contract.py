@@ -86,6 +86,10 @@ class BusCredentials(Protocol):
         """With the passport's key."""
         ...
 
+    def refused(self) -> None:
+        """The server did not take the newest passport. Called at every attempt; must not block."""
+        ...
+
     @property
     def authority_pem(self) -> str:
         """The certificate authority of the bus's server."""

@@ -25,7 +25,7 @@ from nats.aio.msg import Msg
 from fallow.domain.errors import BusUnavailable, SignatureInvalid
 from fallow.fabric.broker_config import ACCOUNT
 from fallow.fabric.contract import BusCredentials
-from fallow.fabric.nats_client import open_client
+from fallow.fabric.nats_client import Urls, open_client
 from fallow.trust.keys import node_of_nkey
 
 CONNZ_TIMEOUT_S: Final = 2.0
@@ -68,10 +68,10 @@ class _Snapshot(msgspec.Struct):
 class NatsPresence:
     """The `PresenceWatcher` over NATS."""
 
-    def __init__(self, url: str, credentials: BusCredentials | None = None, account: str = ACCOUNT) -> None:
+    def __init__(self, urls: Urls, credentials: BusCredentials | None = None, account: str = ACCOUNT) -> None:
         """Watch `account`: in trusted mode its key (`A…`), with credentials of the system account
         (`trust/passports.py: issue_presence`); else with the system account's password in the url."""
-        self._url = url
+        self._urls = urls
         self._credentials = credentials
         self._account = account
         self._client: Client | None = None
@@ -85,7 +85,7 @@ class NatsPresence:
 
     async def start(self, on_disconnect: Callable[[str, str], None]) -> None:
         self._on_disconnect = on_disconnect
-        client = self._client = await open_client(self._url, "presence", self._credentials)
+        client = self._client = await open_client(self._urls, "presence", self._credentials)
         try:
             await client.subscribe(f"$SYS.ACCOUNT.{self._account}.CONNECT", cb=self._connected)
             await client.subscribe(f"$SYS.ACCOUNT.{self._account}.DISCONNECT", cb=self._disconnected)

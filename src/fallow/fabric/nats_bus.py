@@ -16,7 +16,6 @@ Rules
 import asyncio
 import contextlib
 import logging
-from collections.abc import Sequence
 from typing import Any, Final
 
 import nats.errors
@@ -25,7 +24,7 @@ from nats.aio.msg import Msg
 
 from fallow.domain.errors import BusMessageError, BusTimeout, BusUnavailable, PassportRefused
 from fallow.fabric.contract import MAX_BUS_MESSAGE_BYTES, BusCredentials, BusHandler
-from fallow.fabric.nats_client import CONNECT_TIMEOUT_S, TrustingClient, open_client, settle
+from fallow.fabric.nats_client import CONNECT_TIMEOUT_S, TrustingClient, Urls, open_client, settle
 
 PENDING_MESSAGES_MAX: Final = 65_536
 PENDING_BYTES_MAX: Final = 64 << 20
@@ -44,9 +43,7 @@ class NatsBus:
         self._client = client
 
     @classmethod
-    async def connect(
-        cls, urls: str | Sequence[str], name: str, credentials: BusCredentials | None = None
-    ) -> "NatsBus":
+    async def connect(cls, urls: Urls, name: str, credentials: BusCredentials | None = None) -> "NatsBus":
         """Join the bus as `name` (a node's id), by a passport, or else by the password in the url.
 
         Raises `BusUnavailable`, and with credentials `PassportRefused` and `TrustError` as the module says.
@@ -143,7 +140,8 @@ class NatsBus:
         if self._client.is_connected:
             with contextlib.suppress(nats.errors.Error, TimeoutError):
                 await settle(self._client, CLOSE_FLUSH_S)
-        await self._client.close()
+        with contextlib.suppress(OSError):  # what was still to be sent to a server that hung up on us
+            await self._client.close()
 
 
 class NatsSubscription:

@@ -6,6 +6,8 @@ Rules
   of it. The context trusts the network's authority alone, and the name in the certificate is `BUS_NAME`.
 - Every connection, also after a break, shows the newest passport and signs the server's nonce with its key. Only what
   looks like a nonce is signed: a captured server could else have any device sign a text of its choice.
+- Where servers are may change: with urls given as a function, every attempt to join again asks it.
+- A passport that the server refuses is told to who holds it (`BusCredentials.refused`), and logged once for each break.
 - What the server complains of is logged. Whether it also hangs up is its own affair: nats-py would leave for good.
 """
 
@@ -16,7 +18,7 @@ import logging
 import re
 import ssl
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 from urllib.parse import urlsplit, urlunsplit
 
@@ -54,6 +56,9 @@ _STALE: Final = "stale connection"
 _DENIED: Final = re.compile(r'permissions violation for (publish|subscription) to "([^"]*)"')
 _EXPIRED: Final = "authentication expired"
 _REFUSED: Final = "authorization violation"
+
+Urls = str | Sequence[str] | Callable[[], Sequence[str]]
+"""Where servers are: now and for good, or now each time that it is asked for."""
 
 log = logging.getLogger(__name__)
 
@@ -168,48 +173,78 @@ class TrustingClient(Client):
         await self._error_cb(nats.errors.Error(err_msg.strip("'")))
 
 
-async def open_client(
-    urls: str | Sequence[str], name: str, credentials: BusCredentials | None = None
-) -> TrustingClient:
+class _Healing:
+    """What nats-py tells of a connection, and what follows: a line in the log, a word to who holds the passport, and
+    where to try next."""
+
+    def __init__(self, urls: Urls, credentials: BusCredentials | None) -> None:
+        self.client: TrustingClient | None = None
+        """Once it was connected."""
+        self.failures: list[Exception] = []
+        """Of the first connection; the last one only."""
+        self._urls = urls
+        self._credentials = credentials
+        self.servers = self._servers()
+        self._told_refused = False
+
+    async def on_error(self, error: Exception) -> None:
+        if self.client is None:
+            self.failures[:] = [error]  # `connect` raises it
+            return
+        if not self.client.is_connected:
+            self._look_elsewhere(self.client)
+        words = str(error).lower()
+        if _EXPIRED in words:
+            log.info("bus: our passport ended; joining again with the newest")
+            return
+        refused = not self.client.is_connected and _REFUSED in words
+        if not (refused and self._told_refused):
+            log.warning("bus: %s: %s", type(error).__name__, error)
+        if refused:
+            self._told_refused = True
+            if self._credentials is not None:
+                self._credentials.refused()
+            await asyncio.sleep(REFUSED_WAIT_S)
+
+    async def on_disconnected(self) -> None:
+        # nats-py calls this for our own close as well, and when a first connection fails.
+        if self.client is not None and not self.client.is_closed:
+            log.warning("bus: disconnected, trying again")
+
+    async def on_reconnected(self) -> None:
+        self._told_refused = False
+        log.info("bus: connected again")
+
+    def _look_elsewhere(self, client: TrustingClient) -> None:
+        try:
+            now = self._servers()
+            if now and now != self.servers and not client.is_closed:
+                client.set_server_pool(now)
+                self.servers = now
+        except (nats.errors.Error, ValueError) as error:
+            log.warning("bus: it is said to be where nothing can be: %s", error)
+
+    def _servers(self) -> list[str]:
+        now = self._urls() if callable(self._urls) else self._urls
+        several = [now] if isinstance(now, str) else list(now)
+        return several if self._credentials is None else [_without_password(url) for url in several]
+
+
+async def open_client(urls: Urls, name: str, credentials: BusCredentials | None = None) -> TrustingClient:
     """A nats-py client that heals by itself and logs through us.
 
     Raises `BusUnavailable`; with credentials also `PassportRefused`, and `TrustError` for a server of another network.
     """
-    failures: list[Exception] = []
-
-    async def on_error(error: Exception) -> None:
-        if not (client.is_connected or client.is_reconnecting):
-            failures[:] = [error]  # before the first connection: `connect` raises it
-            return
-        if _EXPIRED in str(error).lower():
-            log.info("bus: our passport ended; joining again with the newest")
-            return
-        log.warning("bus: %s: %s", type(error).__name__, error)
-        if client.is_reconnecting and _REFUSED in str(error).lower():
-            await asyncio.sleep(REFUSED_WAIT_S)
-
-    async def on_disconnected() -> None:
-        # nats-py calls this for our own close as well.
-        if not client.is_closed:
-            log.warning("bus: disconnected, trying again")
-
-    async def on_reconnected() -> None:
-        log.info("bus: connected again")
-
-    servers = [urls] if isinstance(urls, str) else list(urls)
-    options: dict[str, Any] = {}
-    if credentials is not None:
-        servers = [_without_password(url) for url in servers]
-        options = _trusting_options(credentials)
-    client = TrustingClient(options.get("tls"))
+    options: dict[str, Any] = {} if credentials is None else _trusting_options(credentials)
+    client, healing = TrustingClient(options.get("tls")), _Healing(urls, credentials)
     try:
         async with asyncio.timeout(CONNECT_TIMEOUT_S):
             await client.connect(
-                servers,
+                healing.servers,
                 name=name,
-                error_cb=on_error,
-                disconnected_cb=on_disconnected,
-                reconnected_cb=on_reconnected,
+                error_cb=healing.on_error,
+                disconnected_cb=healing.on_disconnected,
+                reconnected_cb=healing.on_reconnected,
                 connect_timeout=CONNECT_TIMEOUT_S,
                 reconnect_time_wait=RECONNECT_WAIT_S,  # type: ignore[arg-type]  # floats are fine
                 max_reconnect_attempts=FIRST_ATTEMPTS,
@@ -221,8 +256,9 @@ async def open_client(
     except (nats.errors.Error, OSError, TimeoutError) as error:
         with contextlib.suppress(Exception):
             await client.close()
-        raise _named(failures[-1] if failures else error, credentials) from None
+        raise _named(healing.failures[-1] if healing.failures else error, credentials) from None
     client.options["max_reconnect_attempts"] = -1
+    healing.client = client
     return client
 
 

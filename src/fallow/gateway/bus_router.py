@@ -3,6 +3,7 @@
 Rules
 - Nothing is asked while this gateway may not work. A coordinator that may not says so, in the council's words.
 - A kept hop is named without its grant: the coordinator gives new ones for the whole chain.
+- Whose numbers were refused here goes with the next request (`accusations.py`).
 - A route is what a coordinator signed: a hop whose grant is not for it, and for us, is not dialled.
 """
 
@@ -14,6 +15,7 @@ from fallow.domain.charter import Standing
 from fallow.domain.errors import FallowError, GrantRefused, KvExhausted, NoRoute, NotWorking
 from fallow.domain.fleet import Hop, RouteReply, RouteRequest, Subjects
 from fallow.domain.ids import Digest, NodeId, SessionId
+from fallow.gateway.accusations import Accusations
 from fallow.gateway.questions import Questions
 from fallow.trust.contract import Lease, Routes
 from fallow.trust.grants import require_working
@@ -22,12 +24,16 @@ from fallow.trust.grants import require_working
 class BusRouter:
     """`Router` over the bus."""
 
-    def __init__(self, questions: Questions, subjects: Subjects, origin: NodeId, lease: Lease, routes: Routes) -> None:
+    def __init__(
+        self, questions: Questions, subjects: Subjects, origin: NodeId, lease: Lease, routes: Routes,
+        accusations: Accusations,
+    ) -> None:  # fmt: skip
         self._questions = questions
         self._subjects = subjects
         self._origin = origin
         self._lease = lease
         self._routes = routes
+        self._accusations = accusations
 
     async def route(
         self, model: Digest, session: SessionId, reserve_tokens: int, exclude: frozenset[NodeId], keep: Sequence[Hop],
@@ -35,16 +41,19 @@ class BusRouter:
     ) -> tuple[Hop, ...]:  # fmt: skip
         """As `Router` says; raises `NotWorking` and `GrantRefused` besides."""
         require_working(self._lease)
+        accused = self._accusations.waiting()
         request = RouteRequest(
             model=model,
             session=session,
             reserve_tokens=reserve_tokens,
             exclude=tuple(sorted(exclude)),
-            keep=tuple(Hop(address=hop.address, span=hop.span) for hop in keep),
+            keep=tuple(msgspec.structs.replace(hop, grant=b"") for hop in keep),
             origin=self._origin,
             rebuild_tokens=rebuild_tokens,
+            accused=accused,
         )
         answer = await self._questions.ask(self._subjects.route(self._origin), msgspec.json.encode(request))
+        self._accusations.told(accused)
         reply = msgspec.json.decode(answer, type=RouteReply)
         if not reply.hops:
             raise _refusal(reply)

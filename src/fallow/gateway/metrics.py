@@ -3,6 +3,8 @@
 Each app has its own registry, so that several gateways in one process (tests, the simulator) do not mix.
 """
 
+from collections.abc import Callable
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 FIRST_TOKEN_BUCKETS_S = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
@@ -34,6 +36,11 @@ class GatewayMetrics:
         self.active_choices = 0
         self._waiting = Gauge("fallow_waiting_requests", "Requests that wait for a place.", registry=self.registry)
         self._places = Gauge("fallow_places", "Answers that may be generated at once.", registry=self.registry)
+        self._quarantined = Gauge(
+            "fallow_quarantined_devices",
+            "Devices of the fleet that are out of service on suspicion.",
+            registry=self.registry,
+        )
         self._waited = Histogram(
             "fallow_waited_seconds",
             "How long admitted requests waited for their place.",
@@ -66,6 +73,10 @@ class GatewayMetrics:
         """How many requests wait, and how many answers may run."""
         self._waiting.set(waiting)
         self._places.set(places)
+
+    def watch_quarantine(self, count: Callable[[], int]) -> None:
+        """Where to ask how many devices are in quarantine."""
+        self._quarantined.set_function(count)
 
     def waited(self, elapsed_s: float) -> None:
         self._waited.observe(elapsed_s)

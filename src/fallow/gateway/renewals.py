@@ -15,9 +15,11 @@ from typing import Final
 
 from fallow.domain.clock import Clock
 from fallow.domain.errors import FallowError
+from fallow.domain.fleet import Hop
 from fallow.domain.frames import Frame, RenewGrant
 from fallow.domain.grants import GRANT_LIFE_S
-from fallow.domain.ids import SessionId
+from fallow.domain.ids import NodeId, SessionId
+from fallow.domain.model import Span
 from fallow.fabric.peers import Peers
 from fallow.gateway.chain import Chain
 from fallow.gateway.contract import Router
@@ -64,12 +66,12 @@ class Renewals:
         except FallowError as error:
             log.info("session %s: its grants could not be renewed yet: %s", chain.session[:8], error)
             return
-        same = [(hop.address.node, hop.span) for hop in before] == [(hop.address.node, hop.span) for hop in after]
+        same = [_stage(hop) for hop in before] == [_stage(hop) for hop in after]
         if not same or chain.hops is not before:
             return
-        for hop in after:
-            self._peers.post(hop.address.node, Frame(RenewGrant(session=chain.session, grant=hop.grant)))
         chain.hops = after
+        for hop, (node, session) in zip(after, chain.stages(), strict=True):
+            self._peers.post(node, Frame(RenewGrant(session=session, grant=hop.grant)))
         chain.granted_s = self._clock.monotonic_s()
 
     async def close(self) -> None:
@@ -78,3 +80,7 @@ class Renewals:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _stage(hop: Hop) -> tuple[NodeId, int, Span]:
+    return hop.address.node, hop.visit, hop.span

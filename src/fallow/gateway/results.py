@@ -4,6 +4,7 @@ Numbers that are no log-probabilities are what a damaged head or a damaged frame
 more than everything together, not in order, of tokens that do not exist or that come twice.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -12,13 +13,14 @@ from numpy.typing import NDArray
 from fallow.domain.frames import Result
 from fallow.gateway.contract import Candidates
 
+Payload = bytes | bytearray | memoryview
+ReadResult = Callable[[Result, Payload], Candidates | None]
+"""`last_candidates` for one model."""
 SUM_TOLERANCE = 1e-3
 """Float32 sums over a large vocabulary err by less than a hundredth of this."""
 
 
-def last_candidates(
-    header: Result, payload: bytes | bytearray | memoryview, vocab_size: int | None = None
-) -> Candidates | None:
+def last_candidates(header: Result, payload: Payload, vocab_size: int | None = None) -> Candidates | None:
     """The last row's distribution of a `Result`; `None` for a payload that does not fit it, or cannot be one."""
     if header.k is None:
         row_bytes, left_over = divmod(len(payload), header.logit_count)

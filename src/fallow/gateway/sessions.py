@@ -12,6 +12,7 @@ import logging
 import secrets
 from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
+from functools import partial
 
 import msgspec
 
@@ -23,15 +24,17 @@ from fallow.domain.errors import (
     FallowError,
     KvExhausted,
     NoRoute,
+    NumericFault,
     StageRefused,
     UnknownModel,
 )
 from fallow.domain.fleet import Catalogue, GatewayReport, NodeGone, Subjects
 from fallow.domain.frames import Fault, Frame, Phase, Refused, Result, StageState
-from fallow.domain.ids import Digest, NodeId, SessionId
+from fallow.domain.ids import VISITS_MAX, Digest, NodeId, SessionId, at_visit
 from fallow.domain.model import Manifest
 from fallow.fabric.contract import Bus, Subscription
 from fallow.fabric.peers import Peers
+from fallow.gateway.accusations import Accusations
 from fallow.gateway.bus_router import BusRouter
 from fallow.gateway.chain import Chain
 from fallow.gateway.contract import Candidates
@@ -39,6 +42,7 @@ from fallow.gateway.lost_devices import CarefulRouter, LostDevices
 from fallow.gateway.moves import Moves
 from fallow.gateway.questions import Questions
 from fallow.gateway.renewals import Renewals
+from fallow.gateway.results import Payload, last_candidates
 from fallow.models.store import Store
 from fallow.policy.prefix import common_prefix
 from fallow.trust.contract import Lease, Routes
@@ -112,7 +116,9 @@ class FleetTokenSource:
         self._new_session = new_session
         self._questions = Questions(bus, subjects, clock)
         self._lost = LostDevices(peers, clock)
-        self._router = CarefulRouter(BusRouter(self._questions, subjects, origin, lease, routes), self._lost)
+        self._accusations = Accusations()
+        asking = BusRouter(self._questions, subjects, origin, lease, routes, self._accusations)
+        self._router = CarefulRouter(asking, self._lost)
         self._renewals = Renewals(self._router, peers, clock)
         self._lease = lease
         self._moves = Moves(self._beside, self._drop, self._on_event)
@@ -124,6 +130,8 @@ class FleetTokenSource:
         self._tokens_at_report = 0
         self.tokens_decoded = 0
         self.repairs = 0
+        self.quarantined = 0
+        """Devices of the fleet that are out of service on suspicion, as the coordinator tells it."""
         self.events: deque[str] = deque(maxlen=EVENTS_MAX)
 
     async def start(self) -> None:
@@ -175,8 +183,16 @@ class FleetTokenSource:
         manifest = self._manifests.get(model)
         return Chain(
             self._new_session(), model, reserve_tokens, top_k, self._peers, self._router, self._clock, self._on_event,
-            self._lost.note, self._moves.begin, manifest.config.vocab_size if manifest is not None else None,
+            self._lost.note, self._moves.begin, partial(self._read, manifest.config.vocab_size if manifest else None),
         )  # fmt: skip
+
+    def _read(self, vocab_size: int | None, header: Result, payload: Payload) -> Candidates | None:
+        """`last_candidates`; whose result is none, the coordinator hears of."""
+        read = last_candidates(header, payload, vocab_size)
+        chain = self._live_chain(header.session)
+        if read is None and chain is not None:
+            self._accusations.note(chain.nodes(), chain.nodes()[-1], None)
+        return read
 
     def _beside(self, chain: Chain) -> Chain:
         """A chain to move to."""
@@ -272,11 +288,21 @@ class FleetTokenSource:
         """Frames of sessions; other kinds are not for gateways and are ignored."""
         header = frame.header
         if isinstance(header, Result | StageState | Refused | Fault):
-            chain = self._live.get(header.session)
+            chain = self._live_chain(header.session)
             if chain is not None:
+                if isinstance(header, Fault) and header.code == NumericFault.code:
+                    self._accusations.note(chain.nodes(), header.suspect or peer, peer)
                 chain.on_frame(peer, frame)
             elif isinstance(header, Fault):
-                self._forget_kept(lambda chain: chain.session == header.session and peer in chain.nodes())
+                self._forget_kept(lambda chain: (peer, header.session) in chain.stages())
+
+    def _live_chain(self, stage: SessionId) -> Chain | None:
+        """The chain of which a device named a stage: by its session's name, or that of a later visit."""
+        for visit in range(VISITS_MAX):
+            chain = self._live.get(at_visit(stage, visit))
+            if chain is not None:
+                return chain
+        return None
 
     def on_lost(self, peer: NodeId, reason: str) -> None:
         """A link is gone, and every chain over it is broken."""
@@ -357,6 +383,7 @@ class FleetTokenSource:
 
         Others may announce models to the same cell: those are for other gateways.
         """
+        self.quarantined = catalogue.quarantined
         adopted: dict[Digest, Manifest] = {}
         for entry in catalogue.models:
             try:

@@ -3,8 +3,8 @@
 Rules
 - It says what the device is and does: a heartbeat every interval, and one at once when something changes, at most one
   in `HEARTBEAT_GAP_S`.
-- It obeys the coordinator's orders about what to host, and nobody else's about anything: orders are signed
-  (`trust/grants.py`). Whom it serves is the session frames' business (`stages.py`).
+- It obeys the coordinator's orders about what to host, and nobody else's about anything: orders are signed, for this
+  run of it alone (`trust/grants.py`). Whom it serves is the session frames' business (`stages.py`).
 - Orders of a coordinator that has been replaced are refused: those of a lower epoch than was heard of. So are those for
   models that the council does not allow; what it allows no longer is dropped.
 - It works under a lease alone (`Lease`). When that ends or the council halts, sessions end, the engine is closed at
@@ -214,10 +214,10 @@ class Agent:
 
     async def _on_command(self, _: str, message: bytes) -> bytes:
         try:
-            command = self._trust.orders.unseal(message, self.node)
+            command = self._trust.orders.unseal(message, self.node, self._boot)
         except TrustError as error:
             log.warning("%s: an order was refused: %s", error.code, error)
-            return msgspec.json.encode(Accepted(ok=False, message=error.message))
+            return msgspec.json.encode(Accepted(ok=False, message=error.message, boot=self._boot))
         if command.epoch < self._epoch:
             refusal = f"an order of epoch {command.epoch} came after epoch {self._epoch} was heard of"
             return msgspec.json.encode(Accepted(ok=False, message=refusal, epoch=self._epoch))

@@ -142,7 +142,13 @@ class Hosting:
                 )
             if item.order is not None and not item.settled:
                 stages.append(
-                    HostedStage(stage=item.order.stage, status=item.status, progress=item.progress, error=item.error)
+                    HostedStage(
+                        stage=item.order.stage,
+                        status=item.status,
+                        progress=item.progress,
+                        error=item.error,
+                        damaged=item.doubtful,
+                    )
                 )
         return tuple(stages)
 

@@ -11,6 +11,7 @@ Rules
 """
 
 import re
+from collections.abc import Collection
 
 import msgspec
 
@@ -79,10 +80,10 @@ def presence_rights(node: NodeId, account: str) -> BusRights:
     )
 
 
-def claims_rights(node: NodeId, account: str) -> BusRights:
-    """In the system account: give the server a new account JWT, and look at the one it has. For the registrar."""
+def claims_rights(node: NodeId, accounts: Collection[str]) -> BusRights:
+    """In the system account: give the server an account's new JWT, and look at the ones it has. For the registrar."""
     return BusRights(
-        publish=("$SYS.REQ.CLAIMS.UPDATE", f"$SYS.REQ.ACCOUNT.{account}.CLAIMS.LOOKUP"),
+        publish=("$SYS.REQ.CLAIMS.UPDATE", *(f"$SYS.REQ.ACCOUNT.{each}.CLAIMS.LOOKUP" for each in accounts)),
         subscribe=(f"{inbox(node)}.>",),
     )
 

@@ -9,6 +9,7 @@ Rules
 - Pure: no clock, no file, no signature. Who signed what was checked before (`trust/`).
 """
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -18,9 +19,14 @@ from fallow.domain.charter import FleetPolicy, Halt
 from fallow.domain.ids import NodeId
 
 MEMBERS_MAX = 32
+PUBLISHERS_MAX = 32
+"""Of models, and as many of releases. Each has a list of its own, which every device fetches."""
 EPOCH_MAX = 1 << 53
 HALT_EPOCHS_AHEAD = 64
 """A member who does not see the newest policy halts for epochs that there may be by now. Nobody honest needs more."""
+
+PUBLISHER_NAME_MAX_CHARS = 32
+_PUBLISHER_NAME = re.compile(rf"[a-z0-9][a-z0-9-]{{0,{PUBLISHER_NAME_MAX_CHARS - 1}}}")
 
 
 class Change(msgspec.Struct, frozen=True):
@@ -59,6 +65,21 @@ def why_no_quorum(members: int, threshold: int) -> str | None:
     if not 1 <= threshold <= members:
         return f"expected a threshold of 1 to {members}, got {threshold}"
     return None
+
+
+def why_no_publisher_name(name: str) -> str | None:
+    """Why a publisher cannot be called that, for a person; `None` when it can. The name is a part of file names."""
+    if _PUBLISHER_NAME.fullmatch(name):
+        return None
+    return (
+        f"expected a publisher's name of 1 to {PUBLISHER_NAME_MAX_CHARS} small letters, digits and dashes, "
+        f"got {name[:80]!r}"
+    )
+
+
+def publisher_name(text: str) -> str:
+    """The nearest name of a publisher to what somebody or their machine is called."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower())[:PUBLISHER_NAME_MAX_CHARS].strip("-") or "founder"
 
 
 def quorum_remark(members: int, threshold: int) -> str | None:

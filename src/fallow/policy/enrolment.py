@@ -6,10 +6,12 @@ Rules
 - From elsewhere an operator invites what does the work or reads, never what signs or admits: the theft of an operator's
   key gives nobody grants to sign, and no second operator.
 - A key that was revoked stays out. A device that left, or was not seen for `FORGOTTEN_S`, needs a new invitation.
+- Both are cut at once, by voiding the passports that they were given so far. Who comes back gets later ones.
 
 Pure: times are arguments. Signatures, secrets and storage are the registrar's.
 """
 
+import math
 from collections.abc import Collection
 from enum import StrEnum
 
@@ -24,9 +26,10 @@ FORGOTTEN_S = 180 * 24 * 3600.0
 INVITATION_LIFE_S = 3600.0
 INVITATION_LIFE_MAX_S = 30 * 24 * 3600.0
 REVOCATION_KEPT_S = 24 * 3600.0
-"""How long a revocation is told to everybody. Passports of the key are void after an hour by themselves, and it gets no
-new one; the rest is for clocks that are wrong."""
-
+"""How long a revocation is told to everybody. Passports of the key end after an hour by themselves, and it gets no new
+one; the rest is for clocks that are wrong."""
+BUS_DEPARTURES_KEPT_S = 2 * 3600.0
+"""How long the bus's server is told of who left: for the hour of their passports, and clocks an hour apart."""
 
 RENEWAL_SHARE = 0.5
 """Of a passport's life, after which it is renewed: the other half is for a registrar that is away."""
@@ -96,7 +99,7 @@ class Enrolment(msgspec.Struct, frozen=True, kw_only=True):
     cell: str
     enrolled_unix_s: float
     seen_unix_s: float
-    """When it last enrolled or renewed."""
+    """When it last enrolled or renewed, or the time of the last passport that it was given, if that is later."""
     consent: str | None = None
     """SHA-256 of the words that its owner agreed to."""
     revoked_unix_s: float | None = None
@@ -220,7 +223,8 @@ def renewal_wait_s(life_s: float, draw: float) -> float:
 
 
 def retry_wait_s(failures: int, draw: float) -> float:
-    """How long to wait after that many renewals in a row that nobody answered: doubling, at most `RETRY_MAX_S`."""
+    """How long to wait after that many renewals in a row that nobody answered, or that brought a passport which the bus
+    refused: doubling, at most `RETRY_MAX_S`."""
     return min(RETRY_S * 2.0 ** min(failures, 16), RETRY_MAX_S) * (0.5 + 0.5 * draw)
 
 
@@ -238,9 +242,33 @@ def may_move(who: Enrolment, cell: str, cells: Collection[str], now_unix_s: floa
     return YES
 
 
-def is_told(revoked_unix_s: float, now_unix_s: float) -> bool:
-    """Whether a revocation still matters to anybody but the registrar."""
-    return now_unix_s - revoked_unix_s < REVOCATION_KEPT_S
+def void_until_unix_s(who: Enrolment, now_unix_s: float) -> float:
+    """Up to when passports of a key are void that is shut out, or leaves, now: all that it was given, even if the clock
+    was set back since."""
+    return max(now_unix_s, who.seen_unix_s)
+
+
+def seen_unix_s(known: Enrolment | None, issued_unix_s: float) -> float:
+    """When a key counts as seen that is given a passport of that time. It never falls, so that what ends a membership
+    (`void_until_unix_s`) reaches every passport, whatever the clock did."""
+    return issued_unix_s if known is None else max(issued_unix_s, known.seen_unix_s)
+
+
+def issue_unix_s(void_unix_s: float | None, now_unix_s: float) -> float:
+    """When a passport is issued, for a key whose earlier ones are void up to a time: later than that.
+
+    Times in passports are whole seconds, so that who leaves and comes back within one waits, on paper, for the next.
+    """
+    return now_unix_s if void_unix_s is None else max(now_unix_s, math.floor(void_unix_s) + 1.0)
+
+
+def bus_since_unix_s(last_revoked_unix_s: float | None, now_unix_s: float) -> tuple[float, float]:
+    """From when on the bus's server is told of revocations, and of who left.
+
+    The newest revocation counts as now when it is longer ago: a clock that is ahead for a moment lets nobody in again.
+    """
+    newest_s = now_unix_s if last_revoked_unix_s is None else min(now_unix_s, last_revoked_unix_s)
+    return newest_s - REVOCATION_KEPT_S, now_unix_s - BUS_DEPARTURES_KEPT_S
 
 
 def _still_holds(invitation: InvitationRecord, inviter: Enrolment | None, now_unix_s: float) -> bool:

@@ -15,6 +15,7 @@ from fallow.domain.model import Manifest
 from fallow.fabric.peers import Peers
 from fallow.gateway.api import create_app
 from fallow.gateway.keys import ApiKey
+from fallow.gateway.metrics import GatewayMetrics
 from fallow.gateway.server import serve
 from fallow.gateway.sessions import FleetTokenSource
 from fallow.models.store import Store
@@ -66,7 +67,9 @@ async def run(config: Config, parent_pid: int | None = None) -> None:
         waiting_max=config.gateway.waiting_max,
         places_max=config.gateway.answers_max,
     )
-    app = create_app(source, tokenizer_file, clock, keys, admission=rules)
+    metrics = GatewayMetrics()
+    metrics.watch_quarantine(lambda: source.quarantined)
+    app = create_app(source, tokenizer_file, clock, keys, metrics=metrics, admission=rules)
     try:
         await peers.start()
         await files.start()

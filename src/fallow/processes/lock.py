@@ -4,8 +4,11 @@ import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Final
 
 from fallow.domain.errors import ConfigError
+
+PID_DIGITS_MAX: Final = 20
 
 
 @contextlib.contextmanager
@@ -28,6 +31,27 @@ def hold(folder: Path) -> Iterator[None]:
             raise ConfigError(
                 f"Another device runs in {folder} already; give this one a folder of its own with --state-dir."
             ) from None
+        os.ftruncate(handle, 0)
+        os.pwrite(handle, str(os.getpid()).encode(), 0)
         yield
+    finally:
+        os.close(handle)
+
+
+def holder(folder: Path) -> int | None:
+    """The process that holds a folder; `None` when nobody does, or where that cannot be told (Windows)."""
+    try:
+        import fcntl
+
+        handle = os.open(folder / "lock", os.O_RDWR)
+    except (ImportError, FileNotFoundError):
+        return None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
+        written = os.pread(handle, PID_DIGITS_MAX, 0)
+        return int(written) if written.isdigit() else None
+    else:
+        return None
     finally:
         os.close(handle)

@@ -3,7 +3,8 @@
 Rules
 - It listens to what cells tell of themselves for one and a half of their intervals, then measures the round trip to
   each coordinator a few times and takes the shortest: a longer one says something of load, not of distance.
-- Digests that cannot be true are not believed, and at most `CELLS_MAX` cells are looked at.
+- Digests that cannot be true, or that no coordinator of their cell signed, are not believed; at most `CELLS_MAX` cells
+  are looked at.
 - Where nothing was heard or nobody answers, the cell of the settings it is.
 
 Measured once, before a device joins; moving later is not built. What is near is decided in `policy/cells.py`.
@@ -15,10 +16,11 @@ import logging
 from fallow.coordinator import checks
 from fallow.domain.cells import CellDigest, digests
 from fallow.domain.clock import Clock
-from fallow.domain.errors import BusMessageError, FabricError
+from fallow.domain.errors import BusMessageError, FabricError, TrustError
 from fallow.domain.fleet import Subjects
 from fallow.fabric.contract import Bus
 from fallow.policy.cells import CellOffer, CellRules, choose_cell
+from fallow.trust.contract import CellWords
 
 CELLS_MAX = 64
 MEASUREMENTS = 3
@@ -27,10 +29,10 @@ ANSWER_TIMEOUT_S = 0.5
 log = logging.getLogger(__name__)
 
 
-async def nearest_cell(bus: Bus, clock: Clock, home: str, rules: CellRules | None = None) -> str:
+async def nearest_cell(bus: Bus, clock: Clock, home: str, words: CellWords, rules: CellRules | None = None) -> str:
     """The cell to join; `home` is where the device stays when nothing is clearly nearer. Raises `BusUnavailable`."""
     rules = rules or CellRules()
-    heard = await _listen(bus, clock, 1.5 * rules.digest_interval_s)
+    heard = await _listen(bus, clock, words, 1.5 * rules.digest_interval_s)
     offers = await asyncio.gather(*(_offer(bus, clock, digest) for digest in heard.values()))
     chosen = choose_cell(home, [offer for offer in offers if offer is not None], rules) or home
     for offer in offers:
@@ -39,13 +41,13 @@ async def nearest_cell(bus: Bus, clock: Clock, home: str, rules: CellRules | Non
     return chosen
 
 
-async def _listen(bus: Bus, clock: Clock, duration_s: float) -> dict[str, CellDigest]:
+async def _listen(bus: Bus, clock: Clock, words: CellWords, duration_s: float) -> dict[str, CellDigest]:
     heard: dict[str, CellDigest] = {}
 
     async def on_digest(subject: str, message: bytes) -> None:
         try:
-            digest = checks.cell_digest(subject, message)
-        except BusMessageError as error:
+            digest = checks.cell_digest(subject, message, words.told)
+        except (BusMessageError, TrustError) as error:
             log.warning("%s: a cell's digest is not believed: %s", error.code, error)
             return
         if digest.cell in heard or len(heard) < CELLS_MAX:

@@ -84,7 +84,7 @@ async def _run(config: Config, tell: Tell, agree: Agree, parent_pid: int | None)
 
 async def _moved_near(party: Party, config: Config, newcomer: Newcomer, tell: Tell) -> Party:
     """The same device in the nearest cell that has room."""
-    cell = await nearest_cell(party.bus, wiring.clock(), party.cell)
+    cell = await nearest_cell(party.bus, wiring.clock(), party.cell, party.coordinator.cells)
     if cell == party.cell:
         return party
     await party.move(cell)

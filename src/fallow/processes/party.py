@@ -20,13 +20,14 @@ from fallow import __version__, wiring
 from fallow.config import Config
 from fallow.domain.charter import LEASE_S
 from fallow.domain.credentials import Role
-from fallow.domain.errors import ConfigError
+from fallow.domain.errors import ConfigError, PassportRefused
 from fallow.domain.fleet import Subjects
 from fallow.fabric.contract import Admission, Bus, PresenceWatcher
 from fallow.processes.runfile import running
 from fallow.processes.supervisor import Tell
 from fallow.trust import membership, open_doors
 from fallow.trust.admission import Doorkeeper
+from fallow.trust.cell_words import SignedCellWords
 from fallow.trust.contract import CoordinatorTrust, Lease, NodeTrust, Routes
 from fallow.trust.grants import Author, Book, Issuer, SealedOrders, SignedRoutes
 from fallow.trust.keys import Identity
@@ -139,7 +140,12 @@ async def open_console(config: Config) -> tuple[Bus, Subjects]:
     try:
         if not member.fresh:
             await member.start()
-        return await wiring.join_bus(config, member), wiring.subjects(member.network.cell)
+        try:
+            bus = await wiring.join_bus(config, member)
+        except PassportRefused:  # good by this machine's clock alone, or revoked: the registrar knows
+            await member.start()
+            bus = await wiring.join_bus(config, member)
+        return bus, wiring.subjects(member.network.cell)
     finally:
         await member.close()
 
@@ -221,7 +227,7 @@ async def _trusted(config: Config, folder: Path, newcomer: Newcomer, tell: Tell,
         subjects,
         mine.cell,
         NodeTrust(admission, book, orders, lease),
-        CoordinatorTrust(passports, Issuer(author, lease), orders, lease),
+        CoordinatorTrust(passports, Issuer(author, lease), orders, SignedCellWords(author, passports), lease),
         SignedRoutes(member.who.node, passports),
         wiring.presence_of(config, member),
         member.network.name,

@@ -93,6 +93,7 @@ async def run(config: Config, parent_pid: int | None = None) -> None:
     settle(config, url)
     database = open_database(state.paths.database)
     registrar, word = Registrar(state, database, clock), RegistrarWord(state, database, clock)
+    word.tell_places()
     repository = CouncilPaths(config.state_dir).open_repository(state.digest)
     duties = RegistrarDuties(registrar, word, repository, database, clock)
     api = RegistrarApi(registrar, word, repository, clock, changed=duties.wake)
@@ -163,13 +164,13 @@ class Account:
         self._word = word
         self._bus: NatsBus | None = None
 
-    async def push(self, account_jwt: str) -> None:
+    async def push(self, account: str, account_jwt: str) -> None:
         """Raises `BusUnavailable`, `BusTimeout`, `TrustError`."""
         if self._bus is None:
             name = f"{self._state.identity.node}-claims"
             self._bus = await NatsBus.connect(self._url, name, ClaimsCredentials(self._word))
         try:
-            await push_account(self._bus, self._state.network.account, account_jwt)
+            await push_account(self._bus, account, account_jwt)
         except FallowError:
             await self.close()
             raise
@@ -217,11 +218,10 @@ def _free_port(host: str) -> int:
 def _reached(host: str, url: str) -> tuple[str, ...]:
     """How something that listens on `host`, and is at `url` on this machine, is reached by others, best first."""
     parts = urlsplit(url)
-    if wiring.is_loopback(host):
-        return (url,)
+    if wiring.is_loopback(host) or not wiring.is_loopback(parts.hostname or ""):
+        return (url,)  # a bus on another machine is reached there by everybody
     if host in {"0.0.0.0", "::"}:  # noqa: S104 (compared, not bound)
-        others = lan_address()
-        return (f"{parts.scheme}://{others}:{parts.port}", url) if wiring.is_loopback(parts.hostname or "") else (url,)
+        return f"{parts.scheme}://{lan_address()}:{parts.port}", url
     return (f"{parts.scheme}://{f'[{host}]' if ':' in host else host}:{parts.port}",)
 
 

@@ -7,9 +7,10 @@ Rules
 
 from typing import NamedTuple, Protocol
 
+from fallow.domain.cells import CellDigest
 from fallow.domain.charter import Charter, Standing
 from fallow.domain.credentials import Passport
-from fallow.domain.fleet import Hop, LeaderChanged, NodeCommand, RouteRequest
+from fallow.domain.fleet import CellQuestion, Hop, LeaderChanged, NodeCommand, RouteRequest
 from fallow.domain.frames import OpenStage, RenewGrant
 from fallow.domain.grants import Grant
 from fallow.domain.ids import Digest, NodeId
@@ -72,10 +73,12 @@ class GrantBook(Protocol):
 class Orders(Protocol):
     """Orders to devices, signed by a coordinator and believed by nodes."""
 
-    def seal(self, command: NodeCommand, node: NodeId) -> bytes: ...
+    def seal(self, command: NodeCommand, node: NodeId, boot: str) -> bytes:
+        """For one run of a device: `boot` is what its heartbeats tell."""
+        ...
 
-    def unseal(self, message: bytes, node: NodeId) -> NodeCommand:
-        """Raises `SignatureInvalid`, `PassportRefused`, `GrantRefused` (an order to another device)."""
+    def unseal(self, message: bytes, node: NodeId, boot: str) -> NodeCommand:
+        """Raises `SignatureInvalid`, `PassportRefused`, `GrantRefused` (to another device, to another run of it)."""
         ...
 
     def announce(self, changed: LeaderChanged) -> bytes:
@@ -84,6 +87,24 @@ class Orders(Protocol):
 
     def heard(self, message: bytes) -> LeaderChanged:
         """Raises `SignatureInvalid`, `PassportRefused`."""
+        ...
+
+
+class CellWords(Protocol):
+    """What coordinators of different cells tell and ask of each other."""
+
+    def tell(self, digest: CellDigest) -> bytes: ...
+
+    def told(self, message: bytes) -> CellDigest:
+        """Raises `SignatureInvalid`, `PassportRefused` (not a coordinator of the cell that it tells of)."""
+        ...
+
+    def ask(self, question: CellQuestion, cell: str) -> bytes:
+        """For that cell alone."""
+        ...
+
+    def asked(self, message: bytes) -> CellQuestion:
+        """Raises `SignatureInvalid` (for another cell, too), `PassportRefused`."""
         ...
 
 
@@ -130,4 +151,5 @@ class CoordinatorTrust(NamedTuple):
     passports: Passports
     issuer: GrantIssuer
     orders: Orders
+    cells: CellWords
     lease: Lease

@@ -4,8 +4,9 @@ Rules
 - A grant or an order is believed when its signature is its signer's, the signer's passport is one of a coordinator of
   this device's own cell and is neither expired nor revoked, and every word of it fits (`policy/rights.py`).
 - A coordinator signs nothing, and a device opens nothing, while it may not work (`Lease`).
-- An order is taken once: its sequence is above that of every order that its signer gave to this device before. One that
-  was kept from before a restart of the device is too old.
+- An order is taken once: it is for one run of one device, named by what that run drew at its start, and its sequence is
+  above that of every order that its signer gave to this run before. What a run heard may be forgotten with it: an order
+  that somebody kept is for a run that is over.
 - A signature is checked when a session is opened or a grant renewed, and for every order; for rows, never.
 
 Who is a coordinator is `trust/passports.py`'s; what a session does under its grant is counted by the node.
@@ -24,7 +25,7 @@ from fallow.domain.errors import GrantRefused, NotWorking, PassportRefused, Sign
 from fallow.domain.fleet import Hop, LeaderChanged, NodeCommand, RouteRequest
 from fallow.domain.frames import OpenStage, RenewGrant
 from fallow.domain.grants import GRANT_LIFE_S, Grant, Order, Signed
-from fallow.domain.ids import Digest, NodeId
+from fallow.domain.ids import Digest, NodeId, at_visit
 from fallow.policy import rights
 from fallow.policy.rights import Here, Refused
 from fallow.trust.contract import Lease, Passports
@@ -77,7 +78,7 @@ class Issuer:
         return Grant(
             id=secrets.token_hex(16),
             cell=self._author.cell,
-            session=request.session,
+            session=at_visit(request.session, hop.visit),
             gateway=gateway,
             node=hop.address.node,
             model=request.model,
@@ -134,7 +135,7 @@ class Book:
         if not grant:
             raise GrantRefused("A session needs a grant of this cell's coordinator, and none came.")
         try:
-            read, _ = _signed_by_coordinator(Kind.GRANT, Grant, grant, self._cell, self._passports)
+            read, _ = signed_by_coordinator(Kind.GRANT, Grant, grant, self._cell, self._passports)
         except (SignatureInvalid, PassportRefused) as error:
             raise GrantRefused(f"The grant is not one of this cell's coordinator: {error.message}") from None
         return read
@@ -151,10 +152,11 @@ class SignedRoutes:
     def check(self, request: RouteRequest, hop: Hop, grant: bytes) -> None:
         """Raises `GrantRefused`."""
         try:
-            read, _ = _signed_by_coordinator(Kind.GRANT, Grant, grant, None, self._passports)
+            read, _ = signed_by_coordinator(Kind.GRANT, Grant, grant, None, self._passports)
         except (SignatureInvalid, PassportRefused) as error:
             raise GrantRefused(f"A route came without a coordinator's grant: {error.message}") from None
-        asked = (self._gateway, request.session, request.model, hop.address.node, hop.span)
+        session = at_visit(request.session, hop.visit)
+        asked = (self._gateway, session, request.model, hop.address.node, hop.span)
         if (read.gateway, read.session, read.model, read.node, read.span) != asked:
             raise GrantRefused("A route came with the grant of another device, session or span.")
 
@@ -170,13 +172,18 @@ class SealedOrders:
         self._taken: OrderedDict[NodeId, int] = OrderedDict()
         """The highest sequence of each signer."""
 
-    def seal(self, command: NodeCommand, node: NodeId) -> bytes:
-        """An order to one device. Sealed anew for every attempt: a device takes none twice."""
+    def seal(self, command: NodeCommand, node: NodeId, boot: str) -> bytes:
+        """An order to one run of a device. Sealed anew for every attempt: a run takes none twice."""
         now_unix_s = self._author.unix_s()
         # By the clock, so that it goes on rising after a restart.
         self._given = max(self._given + 1, int(now_unix_s * 1e6))
         order = Order(
-            cell=self._author.cell, node=node, sequence=self._given, issued_unix_s=now_unix_s, command=command
+            cell=self._author.cell,
+            node=node,
+            boot=boot,
+            sequence=self._given,
+            issued_unix_s=now_unix_s,
+            command=command,
         )
         return self._author.signed(Kind.ORDER, order)
 
@@ -186,19 +193,21 @@ class SealedOrders:
 
     def heard(self, message: bytes) -> LeaderChanged:
         """Raises `SignatureInvalid`, `PassportRefused`."""
-        return _signed_by_coordinator(Kind.LEADER, LeaderChanged, message, self._author.cell, self._passports)[0]
+        return signed_by_coordinator(Kind.LEADER, LeaderChanged, message, self._author.cell, self._passports)[0]
 
-    def unseal(self, message: bytes, node: NodeId) -> NodeCommand:
+    def unseal(self, message: bytes, node: NodeId, boot: str) -> NodeCommand:
         """Raises `SignatureInvalid`, `PassportRefused`, `GrantRefused`."""
-        order, signer = _signed_by_coordinator(Kind.ORDER, Order, message, self._author.cell, self._passports)
+        order, giver = signed_by_coordinator(Kind.ORDER, Order, message, self._author.cell, self._passports)
         if (order.node, order.cell) != (node, self._author.cell):
             raise GrantRefused(f"The order is for {order.node[:8]} of cell {order.cell}, and came to {node[:8]}.")
+        if order.boot != boot:
+            raise GrantRefused("The order is for another run of this device, which was started anew since.")
         if rights.order_too_old(order.issued_unix_s, self._author.unix_s()):
             raise GrantRefused("The order is of another time, by this device's clock.")
-        if order.sequence <= self._taken.get(signer, 0):
+        if order.sequence <= self._taken.get(giver.node, 0):
             raise GrantRefused("The order came before: it was given once, and somebody gave it again.")
-        self._taken[signer] = order.sequence
-        self._taken.move_to_end(signer)
+        self._taken[giver.node] = order.sequence
+        self._taken.move_to_end(giver.node)
         if len(self._taken) > SIGNERS_MAX:
             self._taken.popitem(last=False)
         return order.command
@@ -214,10 +223,13 @@ def require_working(lease: Lease) -> None:
         raise NotWorking(lease.why, standing)
 
 
-def _signed_by_coordinator(
+def signed_by_coordinator(
     kind: Kind, type_: type[T], document: bytes, cell: str | None, passports: Passports
-) -> tuple[T, NodeId]:
-    """What a coordinator of the cell (`None`: of any) signed, and who. Raises `SignatureInvalid`, `PassportRefused`."""
+) -> tuple[T, Passport]:
+    """What a coordinator of the cell (`None`: of any) signed, and its passport.
+
+    Raises `SignatureInvalid`, `PassportRefused`.
+    """
     if len(document) > SIGNED_MAX_BYTES:
         raise SignatureInvalid(f"expected up to {SIGNED_MAX_BYTES} bytes, got {len(document)}")
     try:
@@ -225,12 +237,14 @@ def _signed_by_coordinator(
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise SignatureInvalid(f"expected a signed {kind}, got what cannot be read: {error}") from None
     body, signer = unseal(kind, type_, signed.envelope)
+    if passports.revoked(signer):  # whatever the times in its passport are
+        raise PassportRefused(f"the key of {signer[:8]} was revoked, or left")
     passport: Passport = passports.read(signed.passport, holder=signer)
     if passport.role is not Role.COORDINATOR or cell not in {None, passport.cell}:
         raise PassportRefused(
             f"expected a coordinator of cell {cell or 'any'}, and {signer[:8]} is a {passport.role} of {passport.cell}"
         )
-    return body, signer
+    return body, passport
 
 
 def _require(refused: Refused | None) -> None:

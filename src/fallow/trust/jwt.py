@@ -141,9 +141,11 @@ def account_jwt(
     return _account(operator, account, name, issued_unix_s, limits, revoked)
 
 
-def system_account_jwt(operator: Identity, account: NodeId, *, name: str, issued_unix_s: float) -> str:
-    """The account of the server's own events and questions."""
-    return _account(operator, account, name, issued_unix_s, _limits(), {})
+def system_account_jwt(
+    operator: Identity, account: NodeId, *, name: str, issued_unix_s: float, revoked: Mapping[NodeId, float]
+) -> str:
+    """The account of the server's own events and questions, under the rules of `account_jwt`."""
+    return _account(operator, account, name, issued_unix_s, _limits(), revoked)
 
 
 def user_jwt(

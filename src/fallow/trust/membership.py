@@ -9,13 +9,16 @@ Rules
 - Waits are against a deadline by that clock, which may count the time that the machine sleeps, and are slept in pieces:
   after a night, the passport is renewed within `PIECE_S` of waking.
 - A refusal (revoked, retired) is kept in `refusal` and told through `changed`; the member keeps asking, seldom.
+- A passport that the bus refuses (it ended while the machine slept, a clock jumped, the key was revoked) is renewed at
+  once, and with growing pauses when the bus refuses the next ones too: a captured bus makes nobody flood the registrar.
+- Where the network is, this process learns from the registrar alone: from a renewal's answer, which comes over TLS of
+  the network's authority, or from a list that the registrar signed (`moved`). Both carry the list's number, so that an
+  older list undoes nothing. All that is dialled asks here each time (`places`, `registrar_urls`).
 - It implements the bus's `BusCredentials`.
 """
 
 import asyncio
-import contextlib
 import logging
-import os
 import random
 from pathlib import Path
 from typing import Final
@@ -26,11 +29,12 @@ from fallow.domain.clock import Clock
 from fallow.domain.errors import ConfigError, FallowError, MembershipEnded, RegistrarUnavailable, TrustError
 from fallow.domain.network import Network, Places
 from fallow.policy.enrolment import REFUSED_RETRY_S, renewal_wait_s, retry_wait_s
+from fallow.private_file import write_durably
 from fallow.trust.keys import Identity
 from fallow.trust.registrar.invitations import Invitation
 from fallow.trust.registrar.requests import Admitted, Enrol, Leave, Renew
 from fallow.trust.registrar.state import NETWORK_FILE, PLACES_FILE
-from fallow.trust.registrar_client import Met, RegistrarClient, met
+from fallow.trust.registrar_client import URLS_MAX, Met, RegistrarClient, met
 
 PASSPORT_FILE: Final = "passport"
 HEAD_FILE: Final = "journal-head"
@@ -50,6 +54,8 @@ class Kept(msgspec.Struct, frozen=True, kw_only=True):
     issued_unix_s: float
     expires_unix_s: float
     system_passport: str | None = None
+    list_sequence: int = 0
+    """Of the list of revocations that the registrar had then: what an older one says of places is no news."""
 
 
 class Membership:
@@ -67,18 +73,25 @@ class Membership:
     ) -> None:
         self.who = who
         self.known = known
+        self.folder = folder
         self.places = places
         self.refusal: FallowError | None = None
         """Why the registrar renews no more; `None` while it does."""
         self.version = 0
         """Counts passports and refusals that came."""
-        self._folder = folder
         self._clock = clock
         self._draws = draws or random.Random()  # noqa: S311 (spreads load; secures nothing)
+        self.registrar_urls = places.registrar_urls
+        """Where the registrar may be, best first: the present places, then those of earlier in this process's life."""
         self._client = RegistrarClient(known, places.registrar_urls)
         self._kept = kept
+        self._list_sequence = 0 if kept is None else kept.list_sequence
         self._reference: tuple[float, float] | None = None
         self._news = asyncio.Event()
+        self._failures = 0
+        """Renewals that nobody answered, or that were refused, in a row."""
+        self._urgent = asyncio.Event()
+        """There is a reason to renew before the time."""
         self._task: asyncio.Task[None] | None = None
         self._cell: str | None = None
 
@@ -171,10 +184,46 @@ class Membership:
         """The newest list of revocations, as an envelope. Raises `RegistrarUnavailable`."""
         return await self._client.revocations()
 
+    async def reach(self) -> None:
+        """See that the registrar answers. Raises `RegistrarUnavailable`."""
+        await self._client.places()
+
     async def leave(self) -> None:
-        """End the membership for good and forget it. Raises `RequestRefused`, `RegistrarUnavailable`."""
-        await self._client.farewell(self.who, Leave())
-        forget(self._folder)
+        """End the membership and forget it: what this device was given is void from now on.
+
+        Raises `MembershipEnded` when it had ended before, and it is forgotten all the same; `RegistrarUnavailable`.
+        """
+        try:
+            await self._client.farewell(self.who, Leave())
+        except MembershipEnded:
+            forget(self.folder)
+            raise
+        forget(self.folder)
+
+    def refused(self) -> None:
+        """The bus did not take the passport: get another, unless that is under way or was refused."""
+        if self._failures == 0 and self.refusal is None:
+            self._urgent.set()
+
+    def moved(self, places: Places, list_sequence: int) -> None:
+        """The network is reached there from now on, by a list of that number; this and all that asks here uses it."""
+        if list_sequence > self._list_sequence:
+            self._list_sequence = list_sequence
+            self._be_at(places)
+
+    def _be_at(self, places: Places) -> None:
+        if not places.registrar_urls or places == self.places:
+            return
+        try:
+            write_durably(self.folder / PLACES_FILE, msgspec.json.encode(places))
+        except OSError as error:
+            log.error("%s: where the network is now is not kept over a restart: %s", self.folder, error)
+        self.places = places
+        self.registrar_urls = tuple(dict.fromkeys((*places.registrar_urls, *self.registrar_urls)))[:URLS_MAX]
+        self._client.urls = list(self.registrar_urls)
+        log.info("the registrar is at %s, the bus at %s", " ".join(places.registrar_urls), " ".join(places.bus_urls))
+        if self._failures:
+            self._urgent.set()
 
     def take(self, admitted: Admitted) -> None:
         """A passport that came. It is on the disk before it is used."""
@@ -183,45 +232,62 @@ class Membership:
             issued_unix_s=admitted.issued_unix_s,
             expires_unix_s=admitted.expires_unix_s,
             system_passport=admitted.system_passport,
+            list_sequence=max(self._list_sequence, admitted.list_sequence),
         )
-        write(self._folder / PASSPORT_FILE, msgspec.json.encode(kept))
-        write(self._folder / HEAD_FILE, admitted.journal_head.encode())
-        if admitted.places.registrar_urls and admitted.places != self.places:
-            write(self._folder / PLACES_FILE, msgspec.json.encode(admitted.places))
-            self.places = admitted.places
-            self._client.urls = list(dict.fromkeys((*admitted.places.registrar_urls, *self._client.urls)))
+        write_durably(self.folder / PASSPORT_FILE, msgspec.json.encode(kept))
+        write_durably(self.folder / HEAD_FILE, admitted.journal_head.encode())
+        self._list_sequence = kept.list_sequence
+        self._be_at(admitted.places)
         self._reference = (admitted.issued_unix_s, self._clock.monotonic_s())
         self._kept = kept
         self.refusal = None
         self._tell()
 
     async def _keep_fresh(self) -> None:
-        failures = 0
+        refusals = 0  # by the bus, in a row
         while True:
-            await self._sleep(self._wait_s(failures))
+            if not await self._woken_within(self._wait_s()):
+                refusals = 0
+            elif self._failures == 0:  # else the network is elsewhere now, and asked there at once
+                if refusals == 0:
+                    log.warning("the control bus refuses our passport: it is renewed now")
+                await self._clock.sleep(retry_wait_s(refusals, self._draws.random()))
+                refusals += 1
+            self._urgent.clear()
             try:
                 await self._renew()
-                failures = 0
+                self._failures = 0
+                self._urgent.clear()  # what the bus refused meanwhile was the one before
             except RegistrarUnavailable as error:
-                failures += 1
+                self._failures += 1
                 log.warning("the passport could not be renewed: %s", error.message)
             except TrustError as error:
-                failures += 1
+                self._failures += 1
                 log.error("the registrar refuses to renew: %s", error.message)
                 self.refusal = error
                 self._tell()
 
-    async def _sleep(self, duration_s: float) -> None:
+    async def _woken_within(self, duration_s: float) -> bool:
+        """Whether there was something urgent before the time was over."""
         deadline_s = self._clock.monotonic_s() + duration_s
-        while (left_s := deadline_s - self._clock.monotonic_s()) > 0:
-            await self._clock.sleep(min(PIECE_S, left_s))
+        urgent = asyncio.ensure_future(self._urgent.wait())
+        try:
+            while not urgent.done() and (left_s := deadline_s - self._clock.monotonic_s()) > 0:
+                nap = asyncio.ensure_future(self._clock.sleep(min(PIECE_S, left_s)))
+                try:
+                    await asyncio.wait({nap, urgent}, return_when=asyncio.FIRST_COMPLETED)
+                finally:
+                    nap.cancel()
+            return urgent.done()
+        finally:
+            urgent.cancel()
 
-    def _wait_s(self, failures: int) -> float:
+    def _wait_s(self) -> float:
         draw = self._draws.random()
         if self.refusal is not None:
             return REFUSED_RETRY_S * (0.5 + draw)
-        if failures or self._kept is None or self._reference is None:
-            return retry_wait_s(failures, draw)
+        if self._failures or self._kept is None or self._reference is None:
+            return retry_wait_s(self._failures, draw)
         return renewal_wait_s(self._kept.expires_unix_s - self._kept.issued_unix_s, draw)
 
     async def _renew(self) -> None:
@@ -250,6 +316,9 @@ class SystemCredentials:
 
     def sign(self, nonce: bytes) -> bytes:
         return self._membership.sign(nonce)
+
+    def refused(self) -> None:
+        self._membership.refused()
 
 
 class NetworkClock:
@@ -304,8 +373,8 @@ async def enrol(
     async with RegistrarClient(known, places.registrar_urls) as client:
         admitted = await client.admission(who, asked)
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    write(folder / NETWORK_FILE, known.content)
-    write(folder / PLACES_FILE, msgspec.json.encode(places))
+    write_durably(folder / NETWORK_FILE, known.content)
+    write_durably(folder / PLACES_FILE, msgspec.json.encode(places))
     membership = Membership(folder, who, known, places, clock)
     membership.take(admitted)
     return membership
@@ -322,18 +391,6 @@ def forget(folder: Path) -> None:
     """Remove a membership's files; the key stays."""
     for name in (PASSPORT_FILE, HEAD_FILE, PLACES_FILE, NETWORK_FILE, REVOCATIONS_FILE):
         (folder / name).unlink(missing_ok=True)
-
-
-def write(path: Path, content: bytes) -> None:
-    """Replace a file that only its owner may read, never half-written."""
-    partial = path.with_name(f"{path.name}.part")
-    partial.unlink(missing_ok=True)
-    with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    with contextlib.suppress(FileNotFoundError):
-        partial.replace(path)
 
 
 def _words(error: BaseException) -> str:

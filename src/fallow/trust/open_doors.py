@@ -11,10 +11,11 @@ from typing import Final
 
 import msgspec
 
+from fallow.domain.cells import CellDigest
 from fallow.domain.charter import Charter, Standing
 from fallow.domain.credentials import Passport, Role
 from fallow.domain.errors import SignatureInvalid
-from fallow.domain.fleet import Hop, LeaderChanged, NodeCommand, RouteRequest, Tier
+from fallow.domain.fleet import CellQuestion, Hop, LeaderChanged, NodeCommand, RouteRequest, Tier
 from fallow.domain.frames import OpenStage, RenewGrant
 from fallow.domain.grants import Grant
 from fallow.domain.ids import Digest, NodeId
@@ -95,10 +96,10 @@ class OpenGrants:
 class OpenOrders:
     """`Orders` without a signature: the command itself."""
 
-    def seal(self, command: NodeCommand, node: NodeId) -> bytes:
+    def seal(self, command: NodeCommand, node: NodeId, boot: str) -> bytes:
         return msgspec.json.encode(command)
 
-    def unseal(self, message: bytes, node: NodeId) -> NodeCommand:
+    def unseal(self, message: bytes, node: NodeId, boot: str) -> NodeCommand:
         """Raises `SignatureInvalid` for what is no order."""
         try:
             command: NodeCommand = msgspec.json.decode(message, type=NodeCommand)
@@ -115,6 +116,31 @@ class OpenOrders:
             return msgspec.json.decode(message, type=LeaderChanged)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             raise SignatureInvalid(f"a leader's word that cannot be read: {error}") from None
+
+
+class OpenCellWords:
+    """`CellWords` without a signature: the digest or question itself."""
+
+    def tell(self, digest: CellDigest) -> bytes:
+        return msgspec.json.encode(digest)
+
+    def told(self, message: bytes) -> CellDigest:
+        """Raises `SignatureInvalid` for what is no digest."""
+        try:
+            return msgspec.json.decode(message, type=CellDigest)
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+            raise SignatureInvalid(f"the digest cannot be read: {error}") from None
+
+    def ask(self, question: CellQuestion, cell: str) -> bytes:
+        return msgspec.json.encode(question)
+
+    def asked(self, message: bytes) -> CellQuestion:
+        """Raises `SignatureInvalid` for what is no question."""
+        try:
+            question: CellQuestion = msgspec.json.decode(message, type=CellQuestion)
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+            raise SignatureInvalid(f"the question cannot be read: {error}") from None
+        return question
 
 
 class OpenRoutes:
@@ -138,7 +164,7 @@ def open_node() -> NodeTrust:
 
 def open_coordinator() -> CoordinatorTrust:
     """A coordinator that trusts everybody."""
-    return CoordinatorTrust(OpenPassports(), OpenIssuer(), OpenOrders(), OpenLease())
+    return CoordinatorTrust(OpenPassports(), OpenIssuer(), OpenOrders(), OpenCellWords(), OpenLease())
 
 
 def _anybody(node: NodeId, role: Role) -> Passport:

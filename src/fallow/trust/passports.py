@@ -4,18 +4,22 @@ Rules
 - A passport is the NATS user JWT of `jwt.py` with three tags: role, tier and cell. Nothing else may stand among them.
 - What was verified once is remembered by its whole text, in a bounded cache, so that a repeat costs no signature. Time
   and revocations are looked at on every reading.
-- Revocations come as a whole list, signed by the registrar, and only a newer one is taken. What was told once is kept
-  for `REVOCATION_KEPT_S` from when it was heard last, even if a newer list leaves it out: a list has no room for more
-  than so many, and a registrar whose database was restored has forgotten some.
+- Revocations come as a whole list, signed by the registrar, and only a newer one is taken that was issued within the
+  last `REVOCATION_KEPT_S`: an old one, played to who has heard none, shuts nobody out.
+- That a key was revoked is kept for `REVOCATION_KEPT_S` from when it was heard last, even if a newer list leaves it
+  out, or says less of it: a list has no room for more than so many, and a registrar whose database was restored has
+  forgotten some.
+- That a key left holds until a newer list leaves it out or says that it was admitted again: it may be back. Its earlier
+  passports stay void, for `REVOCATION_KEPT_S`.
 """
 
 from collections import OrderedDict
-from typing import Final
+from typing import Final, NamedTuple
 
 import msgspec
 
 from fallow.domain.clock import Clock
-from fallow.domain.credentials import PASSPORT_GRACE_S, PASSPORT_LIFE_S, Passport, RevocationList, Role
+from fallow.domain.credentials import PASSPORT_GRACE_S, PASSPORT_LIFE_S, Departure, Passport, RevocationList, Role
 from fallow.domain.errors import PassportRefused, RequestRefused, SignatureInvalid
 from fallow.domain.fleet import Tier
 from fallow.domain.ids import NodeId
@@ -81,8 +85,9 @@ def issue_presence(
 def issue_claims(
     system: Identity, *, node: NodeId, account: NodeId, issued_unix_s: float, life_s: float = PASSPORT_LIFE_S
 ) -> str:
-    """Leave for the registrar's key to bring the server new revocations. Opens the system account."""
-    rights = claims_rights(node, account_nkey(account))
+    """Leave for the registrar's key to bring the server new revocations, in the fleet's account and the system's. Opens
+    the system account."""
+    rights = claims_rights(node, (account_nkey(account), account_nkey(system.node)))
     return user_jwt(
         system, node=node, name="claims", issued_unix_s=issued_unix_s, life_s=min(life_s, PASSPORT_LIFE_S),
         rights=rights,
@@ -100,6 +105,19 @@ class Held(msgspec.Struct, frozen=True):
         """With the passport's key."""
         return self.identity.sign_nonce(nonce)
 
+    def refused(self) -> None:
+        """There is no other."""
+
+
+class _Void(NamedTuple):
+    """What is known of a key on a list."""
+
+    until_unix_s: float
+    """Its passports issued up to then are void."""
+    heard_unix_s: float
+    """When that was heard last."""
+    departure: Departure
+
 
 class PassportReader:
     """The `Passports` of one network."""
@@ -111,8 +129,8 @@ class PassportReader:
         self._clock = clock
         self._verified: OrderedDict[str, Passport] = OrderedDict()
         self._sequence = -1
-        self._revoked: OrderedDict[NodeId, tuple[float, float]] = OrderedDict()
-        """Until when passports of a key are void, and when that was heard last; the latest last."""
+        self._void: OrderedDict[NodeId, _Void] = OrderedDict()
+        """Those heard of last come last."""
 
     def read(self, text: str, holder: NodeId | None = None) -> Passport:
         """Raises `PassportRefused`."""
@@ -135,14 +153,15 @@ class PassportReader:
                 f"the passport of {passport.node[:8]} begins in {passport.issued_unix_s - now_s:.0f} s: "
                 "is one of the two clocks wrong?"
             )
-        void = self._revoked.get(passport.node)
-        if void is not None and passport.issued_unix_s <= void[0]:
+        void = self._void.get(passport.node)
+        if void is not None and passport.issued_unix_s <= void.until_unix_s:
             raise PassportRefused(f"the passport of {passport.node[:8]} was revoked")
         return passport
 
     def revoked(self, node: NodeId) -> bool:
-        """Whether a list names a key, or did not long ago."""
-        return node in self._revoked
+        """Whether a key is out by a list's word, of now or of not long ago."""
+        void = self._void.get(node)
+        return void is not None and void.departure is not Departure.RETURNED
 
     @property
     def sequence(self) -> int | None:
@@ -151,7 +170,8 @@ class PassportReader:
 
     def learn(self, sealed: bytes) -> RevocationList | None:
         """Take a list of revocations, an envelope as it came. What is new, or `None` when it is not newer than what
-        is known. Raises `SignatureInvalid` unless this network's registrar signed it, for this cell."""
+        is known, or too old to matter. Raises `SignatureInvalid` unless this network's registrar signed it, for this
+        cell."""
         found, signer = envelope.unseal(envelope.Kind.REVOCATIONS, RevocationList, sealed)
         if signer != self._registrar:
             raise SignatureInvalid(
@@ -159,7 +179,7 @@ class PassportReader:
             )
         if found.cell != self._cell:
             raise SignatureInvalid(f"expected revocations of cell {self._cell}, got those of {found.cell[:40]}")
-        if found.sequence <= self._sequence:
+        if found.sequence <= self._sequence or self._clock.unix_s() - found.issued_unix_s >= REVOCATION_KEPT_S:
             return None
         self._sequence = found.sequence
         self._remember(found)
@@ -167,14 +187,22 @@ class PassportReader:
 
     def _remember(self, found: RevocationList) -> None:
         now_s = self._clock.unix_s()
-        for revocation in found.revocations:
-            until_s, _ = self._revoked.get(revocation.node, (0.0, 0.0))
-            self._revoked[revocation.node] = (max(until_s, revocation.revoked_unix_s), now_s)
-            self._revoked.move_to_end(revocation.node)
-        for node in [node for node, (_, heard_s) in self._revoked.items() if now_s - heard_s >= REVOCATION_KEPT_S]:
-            del self._revoked[node]
-        while len(self._revoked) > REVOCATIONS_KEPT_MAX:
-            self._revoked.popitem(last=False)
+        named = {each.node for each in found.revocations}
+        for node, void in list(self._void.items()):
+            if void.departure is Departure.LEFT and node not in named:
+                self._void[node] = void._replace(departure=Departure.RETURNED)
+        for each in found.revocations:
+            void, known = _Void(each.revoked_unix_s, now_s, each.departure), self._void.get(each.node)
+            if known is not None:
+                void = void._replace(until_unix_s=max(known.until_unix_s, void.until_unix_s))
+                if known.departure is Departure.REVOKED is not each.departure:  # the registrar has forgotten it
+                    void = void._replace(departure=Departure.REVOKED, heard_unix_s=known.heard_unix_s)
+            self._void[each.node] = void
+            self._void.move_to_end(each.node)
+        for node in [node for node, void in self._void.items() if now_s - void.heard_unix_s >= REVOCATION_KEPT_S]:
+            del self._void[node]
+        while len(self._void) > REVOCATIONS_KEPT_MAX:
+            self._void.popitem(last=False)
 
 
 def _passport(text: str, account: str) -> Passport:

@@ -162,8 +162,7 @@ class RegistrarClient:
             except RegistrarUnavailable as error:
                 failure = failure or error
                 continue
-            self.urls.remove(url)
-            self.urls.insert(0, url)
+            self.urls = [url, *(each for each in self.urls if each != url)][:URLS_MAX]  # it may have moved meanwhile
             return answer
         raise failure or RegistrarUnavailable("No address of the network's registrar is known.")
 

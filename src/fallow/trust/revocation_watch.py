@@ -1,10 +1,15 @@
-"""Hears who was revoked: over the bus, from the registrar at an interval, and from the disk at a start.
+"""Hears who was revoked, and where the network is: over the bus, from the registrar at an interval, and who was revoked
+from the disk at a start.
 
 Rules
 - A list that was believed is used at once and then written to `revocations` in the process's folder, so that a process
   that starts while the registrar cannot be reached still refuses whom it refused before.
-- The registrar is asked at a start and then `CHECKS` times in a lease: whoever keeps the bus's messages from a process
-  keeps a revocation from it for a quarter of a lease at most, or stops the lease's renewal as well.
+- The registrar is asked at a start, before the bus is listened to, and then `CHECKS` times in a lease: whoever keeps
+  the bus's messages from a process keeps a revocation from it for a quarter of a lease at most, or stops the lease's
+  renewal as well.
+- Where a newer list says that the network is, all of this process looks from then on (`Membership.moved`), unless the
+  registrar itself answered later than that. The list is the registrar's by its signature, and who answers there must
+  show the authority's certificate: a captured bus can keep a move from us, and leads us to nobody.
 - An attempt that fails is tried again at the next turn, and logged once until one succeeds.
 - That our own membership ended, by a list or by a refusal to renew, is passed on through `look`.
 """
@@ -19,8 +24,9 @@ from fallow.domain.clock import Clock
 from fallow.domain.errors import FabricError, SignatureInvalid, TrustError
 from fallow.domain.fleet import Subjects
 from fallow.fabric.contract import Bus, Subscription
+from fallow.private_file import write_durably
 from fallow.trust.envelope import ENVELOPE_MAX_BYTES
-from fallow.trust.membership import REVOCATIONS_FILE, Membership, write
+from fallow.trust.membership import REVOCATIONS_FILE, Membership
 from fallow.trust.passports import PassportReader
 
 CHECKS: Final = 4
@@ -57,8 +63,9 @@ class RevocationWatch:
     async def start(self, bus: Bus, subjects: Subjects) -> None:
         """Know what was known when the process ended, and what the registrar says now. Raises `BusUnavailable`."""
         self._recall()
-        self._subscriptions.append(await bus.subscribe(subjects.revocations, self._on_list))
+        # The registrar before the bus, which may be captured: of a list that it plays again, a newer one is known then.
         await self._ask()
+        self._subscriptions.append(await bus.subscribe(subjects.revocations, self._on_list))
         loop = asyncio.get_running_loop()
         self._tasks = [loop.create_task(self._keep_asking()), loop.create_task(self._follow_membership())]
 
@@ -101,12 +108,15 @@ class RevocationWatch:
 
     async def _learn(self, envelope: bytes) -> None:
         """Raises `SignatureInvalid`."""
-        if self._passports.learn(envelope) is None:
+        found = self._passports.learn(envelope)
+        if found is None:
             return
         self._look()
+        if found.places is not None:
+            self._member.moved(found.places, found.sequence)
         async with self._writing:
             try:
-                await asyncio.to_thread(write, self._file, envelope)
+                await asyncio.to_thread(write_durably, self._file, envelope)
             except OSError as error:
                 log.error("%s: the list of revocations is not kept over a restart: %s", self._file, error)
 

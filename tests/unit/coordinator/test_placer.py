@@ -8,7 +8,7 @@ from fallow.coordinator.leadership import SoleAuthority
 from fallow.coordinator.placer import Placer, PlacerTimes
 from fallow.coordinator.registry import Fleet
 from fallow.coordinator.roll import Roll
-from fallow.domain.fleet import DropStage, StageStatus, Subjects
+from fallow.domain.fleet import Accepted, DropStage, StageStatus, Subjects
 from fallow.domain.ids import Digest
 from fallow.domain.model import Span
 from fallow.fabric.memory_bus import MemoryHub
@@ -17,7 +17,8 @@ from fallow.policy.placement_board import PlacementRules
 from fallow.policy.placement_plan import Move
 from fallow.simulator.virtual_time import LoopClock, run_virtual
 from fallow.trust.open_doors import OpenLease, OpenOrders, OpenPassports
-from tests.unit.coordinator.test_registry import MODELS, NODES, beat, entry, ready, store
+from tests.unit.coordinator.test_registry import LAYERS, MODELS, NODES, beat, entry, ready, store
+from tests.unit.trust.grant_world import SwitchedLease
 
 RULES = MembershipRules()
 TIMES = PlacerTimes()
@@ -93,5 +94,38 @@ def test_an_order_without_effect_is_what_devices_are_sounded_out_with() -> None:
         await world.clock.sleep(0.1)
         assert {subject for subject, _ in heard} == {Subjects("test").command(node) for node in NODES[1:]}
         assert all(command.model not in MODELS for _, command in heard)
+
+    run(script)
+
+
+def test_a_device_that_was_started_anew_is_asked_again_and_has_not_failed() -> None:
+    """The order is for the run before; the first heartbeat of the next one comes while the refusal is on its way."""
+
+    async def script(world: World) -> None:
+        node, answers = NODES[0], [Accepted(ok=False, boot="2"), Accepted(ok=True)]
+
+        async def answer(subject: str, message: bytes) -> bytes:
+            world.fleet.hear(beat(node, 2, boot="2"), 1.0, RULES)
+            return msgspec.json.encode(answers.pop(0))
+
+        world.fleet.hear(beat(node, 1, boot="1"), 0.0, RULES)
+        await world.placer._bus.subscribe(Subjects("test").command(node), answer)
+        world.placer._order(Move(node=node, model=MODELS[0], stage=None), None)
+        await world.clock.sleep(2.0)
+        assert not answers, "it was asked twice"
+        assert not world.placer._failed_s and world.placer._asked
+
+    run(script)
+
+
+def test_a_loss_is_due_at_once_for_a_model_that_may_be_placed_and_not_for_one_that_nobody_signed() -> None:
+    async def script(world: World) -> None:
+        world.placer._lease = lease = SwitchedLease()
+        world.fleet.hear(beat(NODES[0], 1, ready(MODELS[0], Span(0, LAYERS))), 0.0, RULES)
+        world.fleet.announce(store(entry(MODELS[0]), entry(MODELS[1])), 0.0)
+        lease.sign(entry(MODELS[0]))
+        assert not world.placer._uncovered()
+        lease.sign(entry(MODELS[0]), entry(MODELS[1]))
+        assert world.placer._uncovered()
 
     run(script)

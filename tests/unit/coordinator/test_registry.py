@@ -23,7 +23,8 @@ from fallow.domain.frames import PeerAddress
 from fallow.domain.ids import Digest, ModelName, NodeId
 from fallow.domain.model import Quantisation, Span, StageSpec
 from fallow.policy.membership import MembershipRules, Presence
-from fallow.policy.routing import Carrier, covered
+from fallow.policy.routing import Carrier
+from fallow.policy.spans import covered
 from tests.simulation.toy import toy_config
 
 RULES = MembershipRules()

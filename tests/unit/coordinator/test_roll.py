@@ -151,9 +151,9 @@ def test_the_word_of_revoked_stores_and_of_silent_ones_whose_models_others_tell_
     fleet.announce(first, 0.0)
     nobody = frozenset[str]().__contains__
     late_s = registry.STORE_FORGOTTEN_S + 1.0
-    assert stores_to_drop(fleet.stores, nobody, late_s) == (), "nobody else tells of its model"
+    assert stores_to_drop(fleet.stores, None, nobody, late_s) == (), "nobody else tells of its model"
     fleet.announce(second, late_s)
-    assert stores_to_drop(fleet.stores, nobody, late_s) == (GATEWAY.node,)
-    assert stores_to_drop(fleet.stores, {NODE.node}.__contains__, 1.0) == (NODE.node,)
+    assert stores_to_drop(fleet.stores, None, nobody, late_s) == (GATEWAY.node,)
+    assert stores_to_drop(fleet.stores, None, {NODE.node}.__contains__, 1.0) == (NODE.node,)
     assert fleet.part_with((GATEWAY.node, NODE.node)) and fleet.entries() == {}
     assert not fleet.part_with((NODE.node,))

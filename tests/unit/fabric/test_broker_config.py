@@ -34,3 +34,18 @@ def test_the_password_mode_speaks_of_passwords() -> None:
 def test_a_word_that_could_be_configuration_is_refused(field: str, word: str) -> None:
     with pytest.raises(ConfigError):
         trusted_mode(msgspec.structs.replace(TRUST, **{field: word}), FILES)
+
+
+@pytest.mark.parametrize("folder", ["/x/\N{CYRILLIC SMALL LETTER EF}/jose\N{COMBINING ACUTE ACCENT}", '/x/a "b"\\c'])
+def test_a_path_stands_in_the_configuration_as_it_is_called(folder: str) -> None:
+    text = configuration(Path(folder), "127.0.0.1:-1", password_mode(Passwords("a", "b")))
+    assert "\\u" not in text
+    assert "ports_file_dir: " + '"' + folder.replace("\\", "\\\\").replace('"', '\\"') + '"' in text
+
+
+@pytest.mark.parametrize("folder", ["/x\nhttp: 8222", "/x\x00", "/x\udc80", "/x\x7f", "/x\u2028"])
+def test_a_path_that_cannot_stand_in_the_configuration_is_refused(folder: str) -> None:
+    with pytest.raises(ConfigError, match="do not print"):
+        configuration(Path(folder), "127.0.0.1:-1", password_mode(Passwords("a", "b")))
+    with pytest.raises(ConfigError, match="do not print"):
+        trusted_mode(TRUST, TrustFiles.of(Path(folder)))

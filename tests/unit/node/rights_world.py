@@ -8,7 +8,7 @@ from pathlib import Path
 import msgspec
 
 from fallow.domain.credentials import Role
-from fallow.domain.fleet import Accepted, Hop, PlaceStage, RouteRequest, StageStatus, Subjects
+from fallow.domain.fleet import Accepted, Hop, NodeCommand, PlaceStage, RouteRequest, StageStatus, Subjects
 from fallow.domain.frames import (
     Fault,
     Flow,
@@ -88,11 +88,17 @@ class World:
         self.fabric = MemoryFabric(latency_s=0.001)
         self.hub = MemoryHub()
         self.lease = SwitchedLease()
-        self.engine = MemoryEngine(kv_budget_bytes=1 << 30)
         self.store = Store(folder)
         self.entry = toy_model(self.store)
         self.allow(self.entry.model)
-        passports = self.passports = reader(self.clock)
+        self.passports = reader(self.clock)
+        self.bus = self.hub.connect("coordinator")
+        self.orders = SealedOrders(author(self.clock, text=passport_of_coordinator()), self.passports)
+        self._run()
+
+    def _run(self) -> None:
+        passports = self.passports
+        self.engine = MemoryEngine(kv_budget_bytes=1 << 30)
         own = author(self.clock, NODE, Role.NODE, text=passport(NODE, Role.NODE))
         self.endpoint = self.fabric.endpoint(NODE.node)
         self.agent = Agent(
@@ -105,8 +111,13 @@ class World:
                 self.lease,
             ),
         )  # fmt: skip
-        self.bus = self.hub.connect("coordinator")
-        self.orders = SealedOrders(author(self.clock, text=passport_of_coordinator()), passports)
+
+    async def start_anew(self) -> None:
+        """End the device's run, without a goodbye, and begin another one, which knows what lies in its store."""
+        await self.agent.close()
+        await self.endpoint.close()
+        self._run()
+        await self.agent.start()
 
     def allow(self, *models: Digest) -> None:
         assert self.lease.charter is not None
@@ -123,7 +134,11 @@ class World:
     def place(self, node: Identity = NODE) -> bytes:
         stage = StageSpec(model=self.entry.model, pieces=(WHOLE,))
         command = PlaceStage(stage=stage, manifest_bytes=self.entry.manifest_bytes, sources=(), epoch=1)
-        return self.orders.seal(command, node.node)
+        return self.seal(command, node)
+
+    def seal(self, command: NodeCommand, node: Identity = NODE) -> bytes:
+        """A coordinator's order to the present run of the device."""
+        return self.orders.seal(command, node.node, self.agent.heartbeat().boot)
 
     async def hosts(self) -> bool:
         for _ in range(100):

@@ -138,9 +138,10 @@ def test_orders_are_a_coordinators_and_for_models_that_the_council_allows(tmp_pa
     async def script(world: World) -> None:
         command = DropStage(model=world.entry.model, epoch=1)
         forger = SealedOrders(author(world.clock, OTHER_NODE, Role.NODE), reader(world.clock))
-        for message in (msgspec.json.encode(command), forger.seal(command, NODE.node), world.place(OTHER_NODE), b""):
+        forged = forger.seal(command, NODE.node, world.agent.heartbeat().boot)
+        for message in (msgspec.json.encode(command), forged, world.place(OTHER_NODE), b""):
             assert not (await world.order(message)).ok
-        order = world.orders.seal(command, NODE.node)
+        order = world.seal(command)
         assert (await world.order(order)).ok
         assert not (await world.order(order)).ok, "the same order again"
         await asyncio.sleep(1)

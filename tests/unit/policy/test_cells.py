@@ -25,7 +25,8 @@ from fallow.policy.cells import (
     overloaded,
     split,
 )
-from fallow.policy.routing import Carrier, ModelShape, covered
+from fallow.policy.routing import Carrier, ModelShape
+from fallow.policy.spans import covered
 
 RULES = CellRules(devices_max=20, devices_min=4)
 MODEL = Digest("a" * 64)

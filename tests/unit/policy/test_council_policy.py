@@ -12,8 +12,10 @@ from fallow.policy.council import (
     halt_holds,
     member_changes,
     policy_changes,
+    publisher_name,
     quorum_remark,
     resuming_epoch,
+    why_no_publisher_name,
     why_no_quorum,
     why_policy_cannot_follow,
 )
@@ -119,3 +121,12 @@ def test_a_member_with_anothers_name_is_still_seen_to_be_another() -> None:
     assert [change.what for change in changes] == ["council: removed", "council: added"]
     assert old in changes[0].before
     assert new in changes[1].after
+
+
+@given(st.text(max_size=80))
+def test_whatever_somebody_is_called_there_is_a_publishers_name_near_it(text: str) -> None:
+    name = publisher_name(text)
+    assert why_no_publisher_name(name) is None
+    assert publisher_name(name) == name
+    for wrong in (name + "/", name + "*", "-" + name, name * 33, name + "\n", name.upper() + "É", ""):
+        assert why_no_publisher_name(wrong) is not None

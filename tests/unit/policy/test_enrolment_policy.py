@@ -1,28 +1,35 @@
 """Who is admitted, and who may ask for what: properties that hold for every member, invitation and time."""
 
+import msgspec
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fallow.domain.credentials import Role
+from fallow.domain.credentials import PASSPORT_LIFE_S, Role
 from fallow.domain.fleet import Tier
 from fallow.domain.ids import NodeId
 from fallow.policy.enrolment import (
     ALLOWED,
+    BUS_DEPARTURES_KEPT_S,
     FORGOTTEN_S,
     INVITATION_LIFE_MAX_S,
     MACHINE,
     MOVE_EVERY_S,
     RETRY_MAX_S,
+    REVOCATION_KEPT_S,
     Action,
     Enrolment,
     InvitationRecord,
     Standpoint,
+    bus_since_unix_s,
+    issue_unix_s,
     may_ask,
     may_enrol,
     may_invite,
     may_move,
     renewal_wait_s,
     retry_wait_s,
+    seen_unix_s,
+    void_until_unix_s,
 )
 
 NODES = st.sampled_from([NodeId(digit * 64) for digit in "abc"])
@@ -53,6 +60,41 @@ INVITATIONS = st.builds(
     used_by=st.none() | NODES,
     withdrawn_unix_s=st.none() | TIMES,
 )
+
+
+@given(ENROLMENTS, TIMES, TIMES)
+def test_who_is_cut_has_no_good_passport_and_who_comes_back_gets_one(
+    who: Enrolment, now_s: float, later_s: float
+) -> None:
+    """By the bus's rule, which knows whole seconds only: a passport issued at or before the time is void."""
+    void_s = void_until_unix_s(who, now_s)
+    assert int(who.seen_unix_s) <= int(void_s) and int(now_s) <= int(void_s)
+    issued_s = issue_unix_s(void_s, later_s)
+    assert int(issued_s) > void_s and int(issued_s) > int(void_s)
+    assert later_s <= issued_s <= max(later_s, void_s + 1.0)
+    assert issue_unix_s(None, later_s) == later_s
+
+
+@given(ENROLMENTS, st.none() | TIMES, st.lists(TIMES, min_size=1, max_size=4), TIMES)
+def test_whatever_the_clock_does_every_passport_is_void_for_who_is_cut(
+    who: Enrolment, void_s: float | None, times_s: list[float], now_s: float
+) -> None:
+    issued = []
+    for at_s in times_s:
+        issued.append(issue_unix_s(void_s, at_s))
+        who = msgspec.structs.replace(who, seen_unix_s=seen_unix_s(who, issued[-1]))
+    assert all(int(each_s) <= int(void_until_unix_s(who, now_s)) for each_s in issued)
+    assert seen_unix_s(None, now_s) == now_s
+
+
+@given(st.none() | TIMES, TIMES)
+def test_the_bus_is_told_of_a_day_before_the_newest_revocation_and_of_who_left_lately(
+    last_s: float | None, now_s: float
+) -> None:
+    revoked_s, left_s = bus_since_unix_s(last_s, now_s)
+    assert left_s == now_s - BUS_DEPARTURES_KEPT_S and BUS_DEPARTURES_KEPT_S >= 2 * PASSPORT_LIFE_S
+    assert revoked_s <= now_s - REVOCATION_KEPT_S
+    assert last_s is None or revoked_s < last_s, "the newest is always told"
 
 
 @given(ENROLMENTS, st.sampled_from(Action), TIMES)

@@ -130,10 +130,12 @@ def test_no_right_is_wider_than_a_cell_and_no_list_is_empty() -> None:
 
 def test_system_credentials_do_one_thing_each() -> None:
     me, account = node_id(1), "A" * 56
-    watcher, registrar = presence_rights(me, account), claims_rights(me, account)
+    watcher, registrar = presence_rights(me, account), claims_rights(me, (account, "S" * 56))
     assert not may_say(watcher, "$SYS.REQ.CLAIMS.UPDATE") and not may_say(watcher, "$SYS.REQ.SERVER.>")
     assert not may_hear(watcher, "$SYS.ACCOUNT.B.>") and not may_hear(registrar, "$SYS.>")
     assert not may_say(registrar, "$SYS.REQ.CLAIMS.DELETE") and not may_say(registrar, "$SYS.REQ.SERVER.>")
+    assert may_say(registrar, f"$SYS.REQ.ACCOUNT.{'S' * 56}.CLAIMS.LOOKUP")
+    assert not may_say(registrar, "$SYS.REQ.ACCOUNT.B.CLAIMS.LOOKUP")
 
 
 @pytest.mark.parametrize("cell", ["", "a.b", "*", ">", "a b", "x" * 33, "home\n", "ä"])

@@ -6,6 +6,7 @@ from fallow import wiring
 from fallow.config import ApiKey, Config, load
 from fallow.domain.errors import ConfigError
 from fallow.processes.addresses import api_url, check_exposure, lan_address
+from fallow.processes.registrar import _reached
 
 KEY = ApiKey(id="a", sha256="ab" * 32)
 
@@ -58,3 +59,10 @@ def test_the_url_is_one_that_works_here(host: str, url: str) -> None:
 
 def test_the_lan_address_is_an_address() -> None:
     assert lan_address()
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0", "192.168.1.5"])
+def test_a_bus_on_another_machine_is_reached_there_by_everybody(host: str) -> None:
+    """Wherever this machine listens itself."""
+    assert _reached(host, "tls://bus.example.org:4222") == ("tls://bus.example.org:4222",)
+    assert _reached(host, "tls://127.0.0.1:4222")[0].startswith("tls://127.0.0.1") == (host == "127.0.0.1")

@@ -6,7 +6,7 @@ from rich.console import Console
 
 from fallow.cli.status import tables
 from fallow.domain.cells import CellDigest, ModelDigest, NeighbourCell
-from fallow.domain.fleet import FleetStatus, Heartbeat
+from fallow.domain.fleet import FleetStatus, Heartbeat, QuarantinedDevice
 from fallow.domain.frames import PeerAddress
 from fallow.domain.ids import Digest, NodeId
 
@@ -43,3 +43,9 @@ def test_devices_that_are_left_out_are_counted() -> None:
         kv_free_bytes=0,
     )
     assert "and 19500 more devices" in said(FleetStatus(nodes=(beat,), silent_s={}, models=(), nodes_left_out=19_500))
+
+
+def test_a_line_for_each_device_in_quarantine() -> None:
+    out = QuarantinedDevice(node=NodeId("1" * 64), left_s=1500.0, why="it found itself damaged")
+    text = said(FleetStatus(nodes=(), silent_s={}, models=(), quarantined=(out,)))
+    assert "In quarantine for 25 min: 11111111 (11111111), because it found itself damaged" in text

@@ -4,11 +4,12 @@ import asyncio
 
 import msgspec
 
-from fallow.domain.charter import Charter, FleetPolicy, Standing
-from fallow.domain.credentials import PASSPORT_LIFE_S, Revocation, RevocationList, Role
-from fallow.domain.fleet import Tier
+from fallow.domain.charter import Charter, FleetPolicy, SignedModel, Standing
+from fallow.domain.credentials import PASSPORT_LIFE_S, Departure, Revocation, RevocationList, Role
+from fallow.domain.fleet import ModelEntry, Tier
 from fallow.domain.ids import Digest, NodeId
 from fallow.domain.network import Network
+from fallow.policy.figures import figures_of_entry
 from fallow.trust import jwt
 from fallow.trust.envelope import Kind, seal
 from fallow.trust.grants import Author
@@ -75,6 +76,13 @@ class SwitchedLease:
         assert self.charter is not None
         self.charter = msgspec.structs.replace(self.charter, models=frozenset(models))
 
+    def sign(self, *entries: ModelEntry) -> None:
+        """From now on, the council allows these, and publishers signed what a store announces of them."""
+        assert self.charter is not None
+        self.allow(*(entry.model for entry in entries))
+        signed = {entry.model: SignedModel(0, (figures_of_entry(entry),)) for entry in entries}
+        self.charter = msgspec.structs.replace(self.charter, signed=signed)
+
     def turn(self, standing: Standing) -> None:
         self.standing = standing
         self._turned.set()
@@ -107,5 +115,6 @@ def reader(clock: SetClock) -> PassportReader:
 
 
 def revoke(passports: PassportReader, node: NodeId, sequence: int = 1, at_s: float = NOW_S + 1) -> None:
-    told = (Revocation(node=node, revoked_unix_s=at_s, why="lost"),)
-    passports.learn(seal(Kind.REVOCATIONS, RevocationList(sequence=sequence, cell=CELL, revocations=told), REGISTRAR))
+    told = (Revocation(node=node, revoked_unix_s=at_s, departure=Departure.REVOKED),)
+    body = RevocationList(sequence=sequence, issued_unix_s=at_s, cell=CELL, revocations=told)
+    passports.learn(seal(Kind.REVOCATIONS, body, REGISTRAR))

@@ -1,5 +1,6 @@
 """A founded network in a temporary folder, its registrar, and parties that ask of it. Everything real but the clock."""
 
+import base64
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -100,6 +101,13 @@ class World:
 
     def kinds(self) -> list[str]:
         return [entry.kind for entry in self.journal()]
+
+
+def cut_by(account_jwt: str) -> dict[str, int]:
+    """Whom the bus's server cuts by an account's JWT, and up to when their own JWTs are void."""
+    part = account_jwt.split(".")[1]
+    claims = msgspec.json.decode(base64.urlsafe_b64decode(part + "=" * (-len(part) % 4)))
+    return dict(claims["nats"]["revocations"])
 
 
 @asynccontextmanager

@@ -31,6 +31,7 @@ from tests.adversarial.council_world import (
     CAROL,
     COUNCIL,
     LEASE_S,
+    LIST,
     MALLORY,
     MODEL,
     NETWORK,
@@ -67,10 +68,14 @@ def test_a_review_shows_old_and_new(world: World) -> None:
         ("registrar's key for timestamps", ONLINE.node, dave.node),
         ("registrar's key for snapshots", ONLINE.node, dave.node),
     ]
-    assert changes(world.propose(publishers={tuf.MODELS: {dave.node: "dave"}})) == [
-        ("publishers of models: removed", f"publisher (key {PUBLISHER.node})", ""),
-        ("publishers of models: added", "", f"dave (key {dave.node})"),
-        ("models: signed anew", f"models/{MODEL}.json", f"models/{MODEL}.json"),
+    assert changes(world.propose(publishers={"models-dave": dave.node})) == [
+        ("publisher removed: models-publisher", f"key {PUBLISHER.node}", ""),
+        ("publisher added: models-dave", "", f"key {dave.node}"),
+        ("models-publisher: withdrawn", MODEL, ""),
+    ]
+    assert changes(world.propose(publishers={LIST: dave.node})) == [
+        ("publisher's new key: models-publisher", f"key {PUBLISHER.node}", f"key {dave.node}"),
+        ("models-publisher: signed anew", MODEL, MODEL),
     ]
 
 
@@ -136,21 +141,21 @@ def test_a_proposal_whose_base_lies_is_refused(world: World) -> None:
 
 
 def test_what_is_not_listed_cannot_be_withdrawn(world: World) -> None:
-    for withdraw in ({tuf.MODELS: frozenset({"models/x.json"})}, {tuf.RELEASES: frozenset({"releases/1.json"})}):
+    for withdraw in ({LIST: frozenset({"models/publisher/x.json"})}, {"releases-x": frozenset({"releases/x/1.json"})}):
         with pytest.raises(CharterInvalid, match=r"listed|publishes"):
             world.propose(withdraw=withdraw)
 
 
 def test_a_proposal_that_does_not_hold_together_is_refused(world: World) -> None:
-    proposed = world.propose(policy=SHORTER, publishers={tuf.MODELS: {ALICE.node: "alice"}})
-    listed = proposed.delegated[tuf.MODELS]
+    proposed = world.propose(policy=SHORTER, publishers={LIST: ALICE.node})
+    listed = proposed.delegated[LIST]
     version = f'"version":{2 + tuf.LIST_JUMP}'
     assert version in listed
     for broken in (
         msgspec.structs.replace(proposed, policy=tuf.encode_policy(FleetPolicy(epoch=3)).decode()),
         msgspec.structs.replace(proposed, targets=proposed.targets.replace('"version":2', '"version":9')),
-        msgspec.structs.replace(proposed, delegated={tuf.MODELS: listed.replace(version, '"version":9')}),
-        msgspec.structs.replace(proposed, delegated={tuf.MODELS: listed.replace(".json", ".jsom")}),
+        msgspec.structs.replace(proposed, delegated={LIST: listed.replace(version, '"version":9')}),
+        msgspec.structs.replace(proposed, delegated={LIST: listed.replace(".json", ".jsom")}),
         msgspec.structs.replace(proposed, delegated={"evil": listed}),
         msgspec.structs.replace(proposed, format=2),
         msgspec.structs.replace(proposed, base=None),

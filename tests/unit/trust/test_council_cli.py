@@ -30,6 +30,7 @@ from fallow.system_clock import SystemClock
 from fallow.trust.certificates import server_context
 from fallow.trust.council.files import CouncilPaths, found_council_of_one
 from fallow.trust.council.halts import halt_of_text, halt_text, seal_halt
+from fallow.trust.council.publisher import publish_model, withdraw_model
 from fallow.trust.keys import load
 from fallow.trust.registrar.api import RegistrarApi
 from fallow.trust.registrar.database import open_database
@@ -246,14 +247,38 @@ def test_the_registrars_key_and_a_publisher_are_replaced(folder: Path) -> None:
     alice.run("init", "--name", "alice")
     new_online = alice.last_word("key", "--new-online")
     publisher = dora.last_word("key", "--publisher").replace("NAME", "dora")
-    alice.run("propose", "--online-key", new_online, "--publisher", publisher)
+    assert [each["name"] for each in alice.facts["publishers"]["models"]] == ["alice"]
     alice.run("propose", "--online-key", new_online, "--publisher", publisher, "--remove-publisher", "models=alice")
     alice.run("sign", "proposal.json", "--yes")
     with pytest.raises(CharterInvalid, match="dora"):
         alice.run("publish", "proposal.json")
     dora.run("sign", "proposal.json", "--yes")
     alice.run("publish", "proposal.json")
-    assert alice.facts["publishers"]["models"] == [{"name": "dora", "key": publisher.rpartition(":")[2]}]
+    (told,) = alice.facts["publishers"]["models"]
+    assert (told["name"], told["key"], told["lists"]) == ("dora", publisher.rpartition(":")[2], 0)
+    assert [each["name"] for each in alice.facts["publishers"]["releases"]] == ["alice"]
+
+
+def test_a_publishers_key_is_replaced_and_the_list_stays(folder: Path) -> None:
+    """Its name is the list's: another key signs the same list anew, with what the council takes off left out."""
+    alice, dora = Machine(folder, "alice"), Machine(folder, "dora")
+    alice.run("init", "--name", "Alice's Laptop")
+    assert [each["name"] for each in alice.facts["publishers"]["models"]] == ["alice-s-laptop"]
+    _, evil = (publish_model(alice.state, manifest, time.time()) for manifest in (b"good", b"evil"))
+    key = dora.last_word("key", "--publisher").rpartition(":")[2]
+    name = "models=alice-s-laptop"
+    shown = alice.run("propose", "--publisher", f"{name}:{key}", "--withdraw", f"{name}:{evil}")
+    assert key in shown and evil in shown and "withdrawn" in shown
+    for signer in (alice, dora):
+        signer.run("sign", "proposal.json", "--yes")
+    alice.run("publish", "proposal.json")
+    assert (alice.facts["signed_models"], alice.facts["publishers"]["models"][0]["key"]) == (1, key)
+    with pytest.raises(CharterInvalid, match="has not made"):
+        publish_model(alice.state, b"more", time.time())
+    alice.run("propose", "--remove-publisher", "models=alice-s-laptop")
+    alice.run("sign", "proposal.json", "--yes")
+    alice.run("publish", "proposal.json")
+    assert (alice.facts["signed_models"], "Nobody may publish models" in alice.run("status")) == (0, True)
 
 
 def test_a_publisher_on_a_machine_of_their_own(folder: Path) -> None:
@@ -272,12 +297,17 @@ def test_a_publisher_on_a_machine_of_their_own(folder: Path) -> None:
         with pytest.raises(CharterInvalid, match="has not made"):
             dora.run("sign-model", "hers", "--registrar", url)
         alice.run("propose", "--publisher", publisher)
-        alice.run("sign", "proposal.json", "--yes")
+        for signer in (alice, dora):
+            signer.run("sign", "proposal.json", "--yes")
         alice.run("publish", "proposal.json")
         dora.run("sign-model", "hers", "--registrar", url)
         assert alice.facts["signed_models"] == 1
-        dora.run("withdraw-model", model, "--yes", "--registrar", url)
-        assert dora.run("status", "--registrar", url)
+        publish_model(alice.state, store.manifest_bytes(model), time.time())
+        assert alice.facts["signed_models"] == 1
+        assert "models-alice lists it, too" in dora.run("withdraw-model", model, "--yes", "--registrar", url)
+        assert "alice (1 listed), dora (0 listed)" in dora.run("status", "--registrar", url)
+        assert alice.facts["signed_models"] == 1
+        assert withdraw_model(alice.state, model, time.time())
         assert alice.facts["signed_models"] == 0
         with pytest.raises(CharterInvalid, match="not listed"):
             dora.run("withdraw-model", "hers", "--yes", "--registrar", url)
@@ -337,8 +367,12 @@ def test_a_halt_goes_over_the_bus_when_the_registrar_is_away(folder: Path) -> No
         ["--tier-min", "royal"],
         ["--publisher", "models=x"],
         ["--publisher", "evil=x:" + "a" * 64],
-        ["--remove-publisher", "models=alice"],
+        ["--publisher", "models=Dora's:" + "a" * 64],
+        ["--remove-publisher", "models=nobody"],
+        ["--remove-publisher", "alice"],
         ["--withdraw", "models=" + "a" * 64],
+        ["--withdraw", "models=alice:" + "a" * 64],
+        ["--withdraw", "models=dora:all"],
         ["--withdraw", "evil=all"],
         ["--add", "fallow-member-rubbish"],
         ["--threshold", "2"],

@@ -14,8 +14,9 @@ from fallow.trust.council.client import CharterClient
 from fallow.trust.council.fetch import FolderFetcher
 from fallow.trust.council.files import CouncilPaths, found_council_of_one, read_base
 from fallow.trust.council.halts import seal_halt
+from fallow.trust.council.lists import delisting, listing
 from fallow.trust.council.publication import decode_publication
-from fallow.trust.council.publisher import delisting, listing, publish_model
+from fallow.trust.council.publisher import publish_model
 from fallow.trust.council.repository import Repository
 from fallow.trust.keys import load
 from tests.adversarial.council_world import (
@@ -23,6 +24,7 @@ from tests.adversarial.council_world import (
     BOB,
     CAROL,
     LEASE_S,
+    LIST,
     MANIFEST,
     MODEL,
     NETWORK,
@@ -30,6 +32,7 @@ from tests.adversarial.council_world import (
     PUBLISHER,
     World,
     identity,
+    path_of,
     write_key,
 )
 
@@ -86,9 +89,10 @@ def test_a_council_of_one_whose_publisher_is_another_goes_on_without_their_list(
     paths = CouncilPaths(tmp_path)
     repository = paths.open_repository(NETWORK)
     base = read_base(FolderFetcher(repository.folder))
-    wanted = Wanted(publishers={tuf.MODELS: {PUBLISHER.node: "dora"}})
+    wanted = Wanted(publishers={"models-dora": PUBLISHER.node})
     proposed, _ = sign(proposal(base, wanted, NOW), [load(paths.member_key), PUBLISHER])
     repository.publish(publication_of(proposed), NOW)
+    repository.publish(listing(repository.in_force(), tuf.MODELS, {MODEL: MANIFEST}, PUBLISHER, NOW), NOW)
     later = NOW + tuf.LIST_LIFE_S - tuf.ROOT_LIFE_S / 4  # her list is old, and its half life gone
     found_council_of_one(tmp_path, "home", later)
     repository.renew_timestamp(later)
@@ -100,6 +104,30 @@ def test_a_council_of_one_whose_publisher_is_another_goes_on_without_their_list(
     assert client.check(later)[0].models == frozenset()
     repository.publish(listing(repository.in_force(), tuf.MODELS, {}, PUBLISHER, later), later)
     assert client.check(later)[0].models == {MODEL}
+
+
+def test_a_council_of_one_signs_its_own_list_anew_and_leaves_anothers_to_them(tmp_path: Path) -> None:
+    """One publisher's list that ran out takes away that publisher's models."""
+    root = found_council_of_one(tmp_path, "home", NOW)
+    publish_model(tmp_path, MANIFEST, NOW)
+    paths = CouncilPaths(tmp_path)
+    repository = paths.open_repository(NETWORK)
+    held = tuf.publishers(repository.in_force().targets.signed)
+    wanted = Wanted(publishers={**held, "models-dora": PUBLISHER.node})
+    proposed, _ = sign(
+        proposal(read_base(FolderFetcher(repository.folder)), wanted, NOW), [load(paths.member_key), PUBLISHER]
+    )
+    repository.publish(publication_of(proposed), NOW)
+    hers = {tuf.sha256(b"hers"): b"hers"}
+    repository.publish(listing(repository.in_force(), tuf.MODELS, hers, PUBLISHER, NOW), NOW)
+    client = CharterClient(root, NETWORK, tmp_path / "device", FolderFetcher(repository.folder))
+    assert client.check(NOW)[0].models == {MODEL, *hers}
+    for later in (NOW + tuf.LIST_LIFE_S - tuf.ROOT_LIFE_S / 4, NOW + tuf.LIST_LIFE_S + 1):
+        found_council_of_one(tmp_path, "home", later)
+        repository.renew_timestamp(later)
+    assert client.check(later)[0].models == {MODEL}
+    repository.publish(listing(repository.in_force(), tuf.MODELS, {}, PUBLISHER, later), later)
+    assert client.check(later)[0].models == {MODEL, *hers}
 
 
 def test_a_machine_without_a_publishers_key_says_what_to_do(tmp_path: Path) -> None:
@@ -123,8 +151,8 @@ def test_a_refused_publication_changes_no_file(world: World) -> None:
         msgspec.structs.replace(good, targets=good.targets.replace(b'"version":2', b'"version":3')),
         msgspec.structs.replace(good, targets=too_old.targets.encode()),
         msgspec.structs.replace(good, root=old.root_bytes.replace(b'"version":1', b'"version":2')),
-        msgspec.structs.replace(good, delegated={"models": b"{}"}),
-        msgspec.structs.replace(good, delegated={"evil": old.delegated["models"][1]}),
+        msgspec.structs.replace(good, delegated={LIST: b"{}"}),
+        msgspec.structs.replace(good, delegated={"evil": old.delegated[LIST][1]}),
     ):
         with pytest.raises(CharterInvalid):
             world.repository.publish(bad, world.now)
@@ -134,18 +162,18 @@ def test_a_refused_publication_changes_no_file(world: World) -> None:
 
 
 def test_a_model_needs_its_file(world: World) -> None:
-    path = f"models/{tuf.sha256(b'new')}.json"
+    path = path_of(b"new")
     state = world.repository.in_force()
-    publication = listing(state, tuf.MODELS, {path: b"new"}, PUBLISHER, world.now)
+    publication = listing(state, tuf.MODELS, {tuf.sha256(b"new"): b"new"}, PUBLISHER, world.now)
     for broken in ({}, {path: b"old"}, {path: b"newer"}):
         with pytest.raises(CharterInvalid):
             world.repository.publish(msgspec.structs.replace(publication, files=broken), world.now)
     world.repository.publish(publication, world.now)
-    assert world.repository.file(f"targets/models/{tuf.sha256(b'new')}.{tuf.sha256(b'new')}.json") == b"new"
+    assert world.repository.file(f"targets/models/publisher/{tuf.sha256(b'new')}.{tuf.sha256(b'new')}.json") == b"new"
 
 
 def test_a_delisted_model_is_gone(world: World) -> None:
-    publication = delisting(world.repository.in_force(), tuf.MODELS, f"models/{MODEL}.json", PUBLISHER, world.now)
+    publication = delisting(world.repository.in_force(), tuf.MODELS, MODEL, PUBLISHER, world.now)
     world.repository.publish(publication, world.now)
     world.serve()
     assert world.check().models == frozenset()
@@ -229,7 +257,7 @@ def test_publishing_without_the_networks_name_extends_no_lease_while_halts_are_k
     world.repository.add_halt(seal_halt(ALICE, NETWORK, 1, "smoke", world.now))
     expires = world.repository.timestamp_expires_unix_s()
     nameless = Repository(world.repository.folder, world.folder / "online")
-    files = {f"models/{tuf.sha256(b'new')}.json": b"new"}
+    files = {tuf.sha256(b"new"): b"new"}
     nameless.publish(listing(nameless.in_force(), tuf.MODELS, files, PUBLISHER, world.now), world.now + 60)
     assert world.repository.timestamp_expires_unix_s() == expires
 

@@ -37,6 +37,7 @@ SESSION = SessionId("1" * 32)
 SPAN = Span(2, 8)
 REQUEST = RouteRequest(model=MODEL, session=SESSION, reserve_tokens=100)
 PLACE = PlaceStage(stage=StageSpec(model=MODEL, pieces=(SPAN,)), manifest_bytes=10, sources=(), epoch=4)
+BOOT = "run 1"
 
 
 class World:
@@ -181,59 +182,71 @@ class Orders:
 
 def test_an_order_is_taken_once_by_the_device_that_it_is_for() -> None:
     world = Orders()
-    order = world.giver.seal(PLACE, NODE.node)
+    order = world.giver.seal(PLACE, NODE.node, BOOT)
     with pytest.raises(GrantRefused, match="is for"):
-        world.taker.unseal(order, OTHER_NODE.node)
-    assert world.taker.unseal(order, NODE.node) == PLACE
+        world.taker.unseal(order, OTHER_NODE.node, BOOT)
+    assert world.taker.unseal(order, NODE.node, BOOT) == PLACE
     with pytest.raises(GrantRefused, match="came before"):
-        world.taker.unseal(order, NODE.node)
-    again = world.giver.seal(DropStage(model=MODEL, epoch=4), NODE.node)
-    assert world.taker.unseal(again, NODE.node) == DropStage(model=MODEL, epoch=4)
+        world.taker.unseal(order, NODE.node, BOOT)
+    again = world.giver.seal(DropStage(model=MODEL, epoch=4), NODE.node, BOOT)
+    assert world.taker.unseal(again, NODE.node, BOOT) == DropStage(model=MODEL, epoch=4)
 
 
-def test_an_older_order_does_not_follow_a_newer_one_and_an_old_one_not_even_a_restart() -> None:
+def test_an_older_order_does_not_follow_a_newer_one_and_an_old_one_nothing() -> None:
     world = Orders()
-    first, second = (world.giver.seal(PLACE, NODE.node) for _ in range(2))
-    world.taker.unseal(second, NODE.node)
+    first, second, third = (world.giver.seal(PLACE, NODE.node, BOOT) for _ in range(3))
+    world.taker.unseal(second, NODE.node, BOOT)
     with pytest.raises(GrantRefused, match="came before"):
-        world.taker.unseal(first, NODE.node)
+        world.taker.unseal(first, NODE.node, BOOT)
     world.clock.now_s += ORDER_LIFE_S + 61
-    restarted = world.by(author(world.clock, NODE, Role.NODE))
     with pytest.raises(GrantRefused, match="another time"):
-        restarted.unseal(second, NODE.node)
+        world.taker.unseal(third, NODE.node, BOOT)
+
+
+def test_an_order_is_for_one_run_of_a_device() -> None:
+    """Whatever a run heard is forgotten with it, and what was given to it is worth nothing to the next: not a moment
+    later, taken or not."""
+    world = Orders()
+    taken, kept = (world.giver.seal(PLACE, NODE.node, BOOT) for _ in range(2))
+    world.taker.unseal(taken, NODE.node, BOOT)
+    restarted = world.by(author(world.clock, NODE, Role.NODE))
+    for order in (taken, kept):
+        with pytest.raises(GrantRefused, match="another run"):
+            restarted.unseal(order, NODE.node, "run 2")
+    assert restarted.unseal(world.giver.seal(PLACE, NODE.node, "run 2"), NODE.node, "run 2") == PLACE
 
 
 def test_a_coordinator_that_was_restarted_goes_on_giving_orders() -> None:
     world = Orders()
     for _ in range(100):
-        world.taker.unseal(world.giver.seal(PLACE, NODE.node), NODE.node)
+        world.taker.unseal(world.giver.seal(PLACE, NODE.node, BOOT), NODE.node, BOOT)
     world.clock.now_s += 0.5
     restarted = world.by(author(world.clock))
-    assert world.taker.unseal(restarted.seal(PLACE, NODE.node), NODE.node) == PLACE
+    assert world.taker.unseal(restarted.seal(PLACE, NODE.node, BOOT), NODE.node, BOOT) == PLACE
 
 
 def test_nobody_else_gives_orders() -> None:
     world = Orders()
     for role in Role:
         if role is not Role.COORDINATOR:
-            forged = world.by(author(world.clock, STRANGER, role)).seal(PLACE, NODE.node)
+            forged = world.by(author(world.clock, STRANGER, role)).seal(PLACE, NODE.node, BOOT)
             with pytest.raises(PassportRefused):
-                world.taker.unseal(forged, NODE.node)
+                world.taker.unseal(forged, NODE.node, BOOT)
     with pytest.raises(PassportRefused):
-        world.taker.unseal(world.by(author(world.clock, cell="work")).seal(PLACE, NODE.node), NODE.node)
+        world.taker.unseal(world.by(author(world.clock, cell="work")).seal(PLACE, NODE.node, BOOT), NODE.node, BOOT)
     for garbage in (b"", b"{}", msgspec.json.encode(PLACE), b"\x92\xc4\x00\xa0", b"x" * (1 << 20)):
         with pytest.raises(SignatureInvalid):
-            world.taker.unseal(garbage, NODE.node)
+            world.taker.unseal(garbage, NODE.node, BOOT)
 
 
 def test_a_grant_is_no_order_and_an_order_no_grant() -> None:
     """Two kinds of document of the same signer: the kind is signed with them."""
     world, orders = World(), Orders()
-    order = orders.giver.seal(PLACE, NODE.node)
+    order = orders.giver.seal(PLACE, NODE.node, BOOT)
     with pytest.raises(GrantRefused, match="signed fallow/grant"):
         world.open(order)
     with pytest.raises(SignatureInvalid, match="signed fallow/order"):
-        orders.taker.unseal(world.grant(), NODE.node)
+        orders.taker.unseal(world.grant(), NODE.node, BOOT)
     signed = msgspec.msgpack.decode(order, type=Signed)
     envelope = msgspec.msgpack.decode(signed.envelope, type=Envelope)
     relabelled = msgspec.structs.replace(envelope, kind=str(Kind.GRANT))
@@ -245,5 +258,5 @@ def test_the_books_of_orders_are_bounded() -> None:
     world = Orders()
     for index in range(SIGNERS_MAX + 10):
         signer = identity_of(bytes([1, *divmod(index, 256)]) + b"s" * 29)
-        world.taker.unseal(world.by(author(world.clock, signer)).seal(PLACE, NODE.node), NODE.node)
+        world.taker.unseal(world.by(author(world.clock, signer)).seal(PLACE, NODE.node, BOOT), NODE.node, BOOT)
     assert len(world.taker._taken) == SIGNERS_MAX

@@ -91,7 +91,7 @@ def test_an_account_tells_everything_but_what_is_named_apart() -> None:
     assert claims["nats"]["limits"]["disallow_bearer"] is True and claims["nats"]["limits"]["leaf"] == 0
     assert claims["nats"]["limits"]["disk_storage"] > 0
     assert (claims["nats"]["type"], claims["nats"]["version"]) == ("account", 2)
-    system = part(jwt.system_account_jwt(OPERATOR, SYSTEM.node, name="s", issued_unix_s=NOW_S), 1)
+    system = part(jwt.system_account_jwt(OPERATOR, SYSTEM.node, name="s", issued_unix_s=NOW_S, revoked={}), 1)
     assert "disk_storage" not in system["nats"]["limits"]
     operator = part(jwt.operator_jwt(OPERATOR, system=SYSTEM.node, name="o", issued_unix_s=NOW_S), 1)
     assert operator["iss"] == operator["sub"] == jwt.operator_nkey(OPERATOR.node)

@@ -5,6 +5,7 @@ import pytest
 from fallow.domain.credentials import (
     PASSPORT_GRACE_S,
     PASSPORT_LIFE_S,
+    Departure,
     Passport,
     Revocation,
     RevocationList,
@@ -58,9 +59,17 @@ def passport(
     )  # fmt: skip
 
 
-def revocations(sequence: int, *revoked: Identity, at_s: float = NOW_S, signer: Identity = REGISTRAR) -> bytes:
-    told = tuple(Revocation(node=who.node, revoked_unix_s=at_s, why="lost") for who in revoked)
-    return seal(Kind.REVOCATIONS, RevocationList(sequence=sequence, cell="home", revocations=told), signer)
+def revocations(
+    sequence: int,
+    *gone: Identity,
+    at_s: float = NOW_S,
+    signer: Identity = REGISTRAR,
+    departure: Departure = Departure.REVOKED,
+    issued_s: float = NOW_S,
+) -> bytes:
+    told = tuple(Revocation(node=who.node, revoked_unix_s=at_s, departure=departure) for who in gone)
+    body = RevocationList(sequence=sequence, issued_unix_s=issued_s, cell="home", revocations=told)
+    return seal(Kind.REVOCATIONS, body, signer)
 
 
 def test_it_says_who_its_holder_is() -> None:
@@ -171,13 +180,53 @@ def test_a_revoked_key_is_refused_until_it_has_a_newer_passport() -> None:
     reader.read(old)
     assert reader.sequence is None
     learnt = reader.learn(revocations(7, ALICE, at_s=NOW_S + 10))
-    assert learnt is not None and learnt.revocations[0].why == "lost"
+    assert learnt is not None and learnt.revocations[0].node == ALICE.node
     assert reader.revoked(ALICE.node) and not reader.revoked(BOB.node)
     for text in (old, passport(at_s=NOW_S + 10)):
         with pytest.raises(PassportRefused, match="revoked"):
             reader.read(text, ALICE.node)
     reader.read(passport(at_s=NOW_S + 11), ALICE.node)
     reader.read(passport(BOB), BOB.node)
+
+
+def test_who_left_and_was_admitted_again_is_welcome_and_its_earlier_passports_stay_void() -> None:
+    reader = PassportReader(NETWORK, SetClock())
+    reader.learn(revocations(1, ALICE, at_s=NOW_S + 10, departure=Departure.LEFT))
+    assert reader.revoked(ALICE.node)
+    reader.learn(revocations(2, ALICE, at_s=NOW_S + 10, departure=Departure.RETURNED))
+    assert not reader.revoked(ALICE.node)
+    with pytest.raises(PassportRefused, match="revoked"):
+        reader.read(passport(at_s=NOW_S + 10), ALICE.node)
+    reader.read(passport(at_s=NOW_S + 11), ALICE.node)
+    reader.learn(revocations(3, ALICE, at_s=NOW_S + 20, departure=Departure.LEFT))
+    assert reader.revoked(ALICE.node), "it left again"
+
+
+def test_that_a_key_left_ends_with_a_newer_list_that_does_not_say_so_and_its_passports_stay_void() -> None:
+    reader = PassportReader(NETWORK, SetClock())
+    reader.learn(revocations(1, ALICE, at_s=NOW_S + 10, departure=Departure.LEFT))
+    reader.learn(revocations(2, BOB))
+    assert not reader.revoked(ALICE.node) and reader.revoked(BOB.node)
+    with pytest.raises(PassportRefused, match="revoked"):
+        reader.read(passport(at_s=NOW_S + 10), ALICE.node)
+    reader.read(passport(at_s=NOW_S + 11), ALICE.node)
+    reader.learn(revocations(3))
+    assert reader.revoked(BOB.node), "that a key was revoked does not end so"
+
+
+@pytest.mark.parametrize("forgotten", [Departure.LEFT, Departure.RETURNED])
+def test_that_a_key_was_revoked_holds_whatever_a_newer_list_makes_of_it(forgotten: Departure) -> None:
+    """As of a registrar whose database was restored."""
+    clock = SetClock()
+    reader = PassportReader(NETWORK, clock)
+    reader.learn(revocations(1, ALICE))
+    clock.now_s += REVOCATION_KEPT_S - 1
+    for sequence, told in ((2, (ALICE,)), (3, ())):
+        reader.learn(revocations(sequence, *told, departure=forgotten, issued_s=clock.now_s))
+        assert reader.revoked(ALICE.node)
+    clock.now_s += 1
+    reader.learn(revocations(4, issued_s=clock.now_s))
+    assert not reader.revoked(ALICE.node), "a day after it was heard, and not longer"
 
 
 def test_only_a_newer_list_of_the_registrar_for_this_cell_counts() -> None:
@@ -187,7 +236,7 @@ def test_only_a_newer_list_of_the_registrar_for_this_cell_counts() -> None:
     assert reader.revoked(ALICE.node), "an old list frees nobody"
     with pytest.raises(SignatureInvalid, match="registrar"):
         reader.learn(revocations(9, signer=BOB))
-    other = RevocationList(sequence=9, cell="elsewhere", revocations=())
+    other = RevocationList(sequence=9, issued_unix_s=NOW_S, cell="elsewhere", revocations=())
     with pytest.raises(SignatureInvalid, match="cell"):
         reader.learn(seal(Kind.REVOCATIONS, other, REGISTRAR))
     with pytest.raises(SignatureInvalid):
@@ -202,13 +251,14 @@ def test_what_was_told_once_is_kept_for_a_day_after_newer_lists_leave_it_out() -
     reader, old = PassportReader(NETWORK, clock), passport()
     reader.learn(revocations(1, ALICE))
     clock.now_s += REVOCATION_KEPT_S - 1
-    assert reader.learn(revocations(2, BOB, at_s=clock.now_s)) is not None
+    assert reader.learn(revocations(2, BOB, at_s=clock.now_s, issued_s=clock.now_s)) is not None
     assert reader.revoked(ALICE.node) and reader.revoked(BOB.node)
     clock.now_s = NOW_S
     with pytest.raises(PassportRefused, match="revoked"):
         reader.read(old)
     clock.now_s = NOW_S + REVOCATION_KEPT_S
-    assert reader.learn(revocations(3)) is not None
+    assert reader.learn(revocations(3)) is None, "a list of a day ago is none any more"
+    assert reader.learn(revocations(3, issued_s=NOW_S + 1)) is not None
     assert not reader.revoked(ALICE.node) and reader.revoked(BOB.node)
 
 

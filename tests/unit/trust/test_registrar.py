@@ -1,5 +1,6 @@
 """The registrar's decisions, on a real database: who gets in, who may ask for what, and what is recorded of it."""
 
+import base64
 import multiprocessing
 import threading
 from pathlib import Path
@@ -7,13 +8,14 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from fallow.domain.credentials import PASSPORT_LIFE_S, RevocationList, Role
+from fallow.domain.credentials import PASSPORT_LIFE_S, Departure, RevocationList, Role
 from fallow.domain.errors import ConfigError, FallowError, InvitationRefused, RequestRefused, SignatureInvalid
 from fallow.domain.fleet import Tier
-from fallow.policy.enrolment import FORGOTTEN_S, REVOCATION_KEPT_S, Action, may_ask
+from fallow.policy.enrolment import BUS_DEPARTURES_KEPT_S, FORGOTTEN_S, REVOCATION_KEPT_S, Action, may_ask
 from fallow.trust.envelope import Kind as Envelopes
 from fallow.trust.envelope import unseal
-from fallow.trust.keys import Identity, new_identity
+from fallow.trust.jwt import account_nkey
+from fallow.trust.keys import Identity, new_identity, user_nkey
 from fallow.trust.membership import enrolment_of
 from fallow.trust.passports import PassportReader
 from fallow.trust.registrar.consent import Consent, sign_consent
@@ -36,7 +38,7 @@ from fallow.trust.registrar.requests import (
 )
 from fallow.trust.registrar.service import REFUSALS_KEPT_PER_INVITATION
 from fallow.trust.registrar.state import found, open_state, paths_of
-from tests.unit.trust.registrar_world import BUS_URLS, HandClock, World
+from tests.unit.trust.registrar_world import BUS_URLS, HandClock, World, cut_by
 
 
 @pytest.fixture
@@ -391,6 +393,12 @@ def believed_by(world: World, who: Identity, passport: str) -> bool:
     return True
 
 
+def told(world: World) -> list[tuple[str, bool]]:
+    """The list of revocations: who, and whether it came back."""
+    found, _ = unseal(Envelopes.REVOCATIONS, RevocationList, world.word.revocations())
+    return [(each.node, each.departure is Departure.RETURNED) for each in found.revocations]
+
+
 def test_a_revoked_device_gets_nothing_more_and_its_passport_is_void(world: World) -> None:
     operator, device = world.member(Role.OPERATOR), world.member()
     passport = world.renewed(device).passport
@@ -432,32 +440,32 @@ def test_a_list_of_revocations_is_signed_and_forgets_what_matters_no_more(world:
     devices = [world.member() for _ in range(3)]
     for device in devices[:2]:
         world.registrar.revoke(device.node, "w" * 500)
-    told, signer = unseal(Envelopes.REVOCATIONS, RevocationList, world.word.revocations())
+    found, signer = unseal(Envelopes.REVOCATIONS, RevocationList, world.word.revocations())
     assert signer == world.state.network.registrar
-    assert {revocation.node for revocation in told.revocations} == {device.node for device in devices[:2]}
-    assert {revocation.why for revocation in told.revocations} == {""}
-    sequence = told.sequence
+    assert {revocation.node for revocation in found.revocations} == {device.node for device in devices[:2]}
+    sequence = found.sequence
     assert sequence == int(world.clock.unix_s() * 1000) + 1, "it begins with the time, and rises by one at least"
     later(world, REVOCATION_KEPT_S)
-    told, _ = unseal(Envelopes.REVOCATIONS, RevocationList, world.word.revocations())
-    assert (told.revocations, told.sequence) == ((), sequence)
+    found, _ = unseal(Envelopes.REVOCATIONS, RevocationList, world.word.revocations())
+    assert (found.revocations, found.sequence) == ((), sequence)
 
 
-def test_the_accounts_jwt_names_the_revoked_and_gets_newer_whatever_the_clock_does(world: World) -> None:
-    import base64
-
+def test_both_accounts_jwts_name_the_revoked_and_get_newer_whatever_the_clock_does(world: World) -> None:
     def claims(text: str) -> dict[str, object]:
         part = text.split(".")[1]
         return msgspec.json.decode(base64.urlsafe_b64decode(part + "=" * (-len(part) % 4)))
 
     device = world.member()
-    first = claims(world.word.account_jwt())
+    before = world.word.accounts()
     world.registrar.revoke(device.node, "stolen")
     later(world, -5000.0)
-    second = claims(world.word.account_jwt())
-    assert second["iat"] > first["iat"]  # type: ignore[operator]
-    assert len(second["nats"]["revocations"]) == 1  # type: ignore[index]
-    assert second["jti"] != first["jti"]
+    after = world.word.accounts()
+    assert list(before) == list(after) == [world.state.network.account, account_nkey(world.state.system.node)]
+    for account, text in after.items():
+        first, second = claims(before[account]), claims(text)
+        assert second["iat"] > first["iat"]  # type: ignore[operator]
+        assert len(second["nats"]["revocations"]) == 1  # type: ignore[index]
+        assert second["jti"] != first["jti"]
 
 
 def test_a_device_that_left_renews_no_more_and_comes_back_by_a_new_invitation_only(world: World) -> None:
@@ -470,6 +478,109 @@ def test_a_device_that_left_renews_no_more_and_comes_back_by_a_new_invitation_on
         world.ask(device, world.enrolment(device, invitation))
     assert isinstance(world.ask(device, world.enrolment(device, world.invitation())), Admitted)
     assert isinstance(world.renewed(device), Admitted)
+
+
+def test_who_leaves_is_cut_at_once_and_who_comes_back_within_the_second_is_believed_again(world: World) -> None:
+    """Its role may be another one then: what the first membership gave it stays void."""
+    device = world.member(Role.COORDINATOR)
+    first, before = world.renewed(device), world.word.sequence()
+    later(world, 0.2)
+    world.ask(device, Leave())
+    assert world.word.sequence() > before, "everybody is told"
+    assert told(world) == [(device.node, False)]
+    assert not believed_by(world, device, first.passport)
+    left = world.word.sequence()
+    later(world, 0.2)
+    world.ask(device, world.enrolment(device, world.invitation(Role.READER)))
+    assert world.word.sequence() > left
+    assert told(world) == [(device.node, True)]
+    for _ in range(2):
+        second = world.renewed(device)
+        assert believed_by(world, device, second.passport)
+        assert second.expires_unix_s - second.issued_unix_s == PASSPORT_LIFE_S
+        assert not believed_by(world, device, first.passport)
+        later(world, 0.3)
+    world.ask(device, Leave())
+    assert told(world) == [(device.node, False)]
+    assert not believed_by(world, device, second.passport)
+
+
+def test_who_comes_back_after_a_day_and_a_half_is_welcome_with_who_heard_of_it_late(world: World) -> None:
+    """Hearers keep what they heard for a day from then; lists tell of it for a day from when it was."""
+    device, other = world.member(), world.member()
+    reader = PassportReader(world.state.network, world.clock)
+    world.ask(device, Leave())
+    later(world, REVOCATION_KEPT_S - 3600.0)
+    world.registrar.revoke(other.node, "lost")
+    reader.learn(world.word.revocations())
+    assert reader.revoked(device.node)
+    later(world, REVOCATION_KEPT_S / 2)
+    world.ask(device, world.enrolment(device, world.invitation()))
+    reader.learn(world.word.revocations())
+    assert not reader.revoked(device.node) and reader.revoked(other.node)
+    reader.read(world.renewed(device).passport, holder=device.node)
+
+
+def test_a_clock_set_back_before_a_second_enrolment_revokes_what_was_issued_before(world: World) -> None:
+    device = world.member()
+    later(world, 1000.0)
+    passport = world.renewed(device).passport
+    later(world, -900.0)
+    world.ask(device, world.enrolment(device, world.invitation()))
+    world.registrar.revoke(device.node, "stolen")
+    later(world, 900.0)
+    assert not believed_by(world, device, passport)
+
+
+def test_a_clock_ahead_for_a_moment_brings_the_bus_no_account_without_the_days_revocations(world: World) -> None:
+    device = world.member()
+    world.registrar.revoke(device.node, "stolen")
+    later(world, REVOCATION_KEPT_S + 3600.0)
+    for text in world.word.accounts().values():
+        assert set(cut_by(text)) == {user_nkey(device.node)}
+
+
+def test_the_bus_hears_of_who_left_for_two_hours(world: World) -> None:
+    device = world.member()
+    world.ask(device, Leave())
+    later(world, BUS_DEPARTURES_KEPT_S - 1.0)
+    assert [set(cut_by(text)) for text in world.word.accounts().values()] == [{user_nkey(device.node)}] * 2
+    later(world, 1.0)
+    assert [cut_by(text) for text in world.word.accounts().values()] == [{}] * 2
+    assert told(world) == [(device.node, False)], "everybody else still does"
+
+
+def test_who_was_shut_out_comes_first_on_the_list_and_who_has_nothing_left_is_not_on_it(world: World) -> None:
+    """Leaving must not push others' revocations off the list; what ended by itself needs none."""
+    away, asleep, leaver, back, revoked = (world.member() for _ in range(5))
+    later(world, REVOCATION_KEPT_S + 1.0)
+    for who in (leaver, back, revoked):
+        world.renewed(who)
+    world.registrar.revoke(revoked.node, "lost")
+    for who in (asleep, leaver, back):
+        later(world, 1.0)
+        world.ask(who, Leave())
+    world.ask(back, world.enrolment(back, world.invitation()))
+    assert told(world) == [(revoked.node, False), (back.node, True), (leaver.node, False)]
+    sequence = world.word.sequence()
+    later(world, FORGOTTEN_S)
+    assert world.registrar.retire_forgotten() >= 1
+    assert (told(world), world.word.sequence()) == ([], sequence)
+    assert away.node in {who.node for who in world.registrar.members() if who.left_unix_s is not None}
+
+
+def test_where_the_network_is_is_told_once_for_every_move(world: World) -> None:
+    list_of, _ = unseal(Envelopes.REVOCATIONS, RevocationList, world.word.revocations())
+    assert list_of.places is not None and list_of.places.bus_urls == BUS_URLS
+    world.word.tell_places()
+    first = world.word.sequence()
+    world.word.tell_places()
+    assert world.word.sequence() == first
+    world.places(("https://127.0.0.1:2",))
+    world.word.tell_places()
+    assert world.word.sequence() > first
+    list_of, _ = unseal(Envelopes.REVOCATIONS, RevocationList, world.word.revocations())
+    assert list_of.places is not None and list_of.places.registrar_urls == ("https://127.0.0.1:2",)
 
 
 def test_a_forgotten_device_goes_dark_and_is_retired(world: World) -> None:

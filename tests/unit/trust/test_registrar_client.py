@@ -16,13 +16,15 @@ from fallow.domain.credentials import Role
 from fallow.domain.errors import (
     ConfigError,
     InvitationRefused,
+    MembershipEnded,
     RegistrarUnavailable,
     RequestRefused,
     SignatureInvalid,
 )
 from fallow.domain.fleet import Tier
-from fallow.domain.network import BUS_NAME, REGISTRAR_NAME
+from fallow.domain.network import BUS_NAME, REGISTRAR_NAME, Places
 from fallow.gateway.server import HttpServer, serve
+from fallow.policy.enrolment import RETRY_MAX_S, renewal_wait_s, retry_wait_s
 from fallow.policy.rate_limit import KeyLimits
 from fallow.system_clock import SystemClock
 from fallow.trust import membership
@@ -249,6 +251,83 @@ def test_after_a_night_asleep_it_renews_at_once(world: World, tmp_path: Path) ->
     run(scenario())
 
 
+class WokenClock(FastClock):
+    """Passes short pauses, and sleeps for the rest of time in long ones: until somebody wakes the sleeper."""
+
+    async def sleep(self, duration_s: float) -> None:
+        if duration_s > RETRY_MAX_S:
+            await asyncio.Event().wait()
+        await super().sleep(duration_s)
+
+
+@pytest.mark.usefixtures("unbroken_sleep")
+def test_a_passport_that_the_bus_refuses_is_renewed_at_once_and_the_next_ones_ever_more_seldom(
+    world: World, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The last half-hour of pauses is a captured bus's work: it costs the registrar a question a minute."""
+
+    async def scenario() -> None:
+        async with served(world, asks(KeyLimits())):
+            clock, invitation, who = WokenClock(world.clock.unix_s()), world.invitation(), new_identity()
+            known = await meet(invitation)
+            member = await enrol(tmp_path, who, known, invitation, world.enrolment(who, invitation), clock)
+            await member.start()
+            await refused_until(member, 11)
+            assert all(0.5 * min(2.0**n, 60) <= pause <= min(2.0**n, 60) for n, pause in enumerate(clock.slept_s))
+            assert len(clock.slept_s) == 10
+            world.registrar.revoke(who.node, "lost in a taxi")
+            await refused_until(member, 12)
+            assert member.ended, "a revoked device learns why, and not half an hour later"
+            await member.close()
+
+    async def refused_until(member: Membership, version: int) -> None:
+        """As the bus does it: at every attempt to join."""
+        while member.version < version:
+            member.refused()
+            await asyncio.sleep(0.001)
+
+    run(scenario())
+    assert sum("refuses our passport" in record.message for record in caplog.records) == 1
+
+
+class GatedClock(FastClock):
+    """Passes one pause when the gate is opened, and sleeps for the rest of time in the next."""
+
+    def __init__(self, unix_s: float) -> None:
+        super().__init__(unix_s)
+        self.gate = asyncio.Event()
+
+    async def sleep(self, duration_s: float) -> None:
+        await self.gate.wait()
+        self.gate.clear()
+        await super().sleep(duration_s)
+
+
+@pytest.mark.usefixtures("unbroken_sleep")
+def test_a_member_that_looks_for_its_registrar_asks_at_once_where_it_is_said_to_be(
+    world: World, tmp_path: Path
+) -> None:
+    async def scenario() -> None:
+        clock, who = GatedClock(world.clock.unix_s()), new_identity()
+        async with served(world):
+            invitation = world.invitation()
+            known = await meet(invitation)
+            member = await enrol(tmp_path, who, known, invitation, world.enrolment(who, invitation), clock)
+            await member.start()
+        clock.gate.set()
+        while not member._failures:
+            await asyncio.sleep(0.001)
+        first = member.places.registrar_urls[0]
+        async with served(world) as second:
+            member.moved(Places(registrar_urls=(second.url,), bus_urls=()), world.word.sequence() + 1)
+            assert member.registrar_urls == (second.url, first)
+            await until_version(member, 2)
+            await member.close()
+        assert load(tmp_path, who, SystemClock()).places.registrar_urls == (second.url,)
+
+    run(scenario())
+
+
 @pytest.mark.usefixtures("unbroken_sleep")
 def test_a_registrar_that_is_away_is_asked_again_with_growing_pauses(world: World, tmp_path: Path) -> None:
     async def scenario() -> None:
@@ -318,6 +397,12 @@ def test_a_member_leaves_and_forgets_and_keeps_its_key(world: World, tmp_path: P
             await member.close()
             assert not is_member(tmp_path)
             assert list(tmp_path.glob("*.json")) == []
+            again = await join(world, tmp_path)
+            world.registrar.revoke(again.who.node, "sold")
+            with pytest.raises(MembershipEnded, match="sold"):
+                await again.leave()
+            await again.close()
+            assert not is_member(tmp_path), "what has ended is forgotten, however it ended"
 
     run(scenario())
 
@@ -558,8 +643,6 @@ def closed_port() -> int:
 
 
 def test_retries_are_spread_and_bounded() -> None:
-    from fallow.policy.enrolment import RETRY_MAX_S, renewal_wait_s, retry_wait_s
-
     draws = random.Random(7)
     for failures in range(50):
         assert 0 < retry_wait_s(failures, draws.random()) <= RETRY_MAX_S

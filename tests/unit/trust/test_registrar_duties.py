@@ -6,6 +6,7 @@ from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from fallow.domain.charter import FleetPolicy
@@ -18,11 +19,13 @@ from fallow.trust.council.fetch import FolderFetcher
 from fallow.trust.council.files import CouncilPaths, member_of, read_base, signing_keys
 from fallow.trust.council.halts import seal_halt
 from fallow.trust.council.records import changes, record, seen
-from fallow.trust.keys import new_identity
+from fallow.trust.jwt import account_nkey
+from fallow.trust.keys import new_identity, user_nkey
 from fallow.trust.passports import PassportReader
+from fallow.trust.registrar.database import setting
 from fallow.trust.registrar.duties import RegistrarDuties
 from fallow.trust.registrar.journal import Kind, verify
-from tests.unit.trust.registrar_world import World
+from tests.unit.trust.registrar_world import World, cut_by
 
 SUBJECTS = Subjects("home")
 LIMIT_S = 20.0
@@ -44,7 +47,9 @@ class Ears:
         self.hub = MemoryHub()
         self.messages: dict[str, list[bytes]] = {}
         self.pushed: list[str] = []
+        self.pushed_to_system: list[str] = []
         self.push_fails = False
+        self.pushes_failed = 0
         self.world = world
         self.duties = RegistrarDuties(world.registrar, world.word, world.repository, world.database, world.clock)
 
@@ -59,10 +64,15 @@ class Ears:
     async def _keep(self, subject: str, message: bytes) -> None:
         self.messages.setdefault(subject, []).append(message)
 
-    async def _push(self, account_jwt: str) -> None:
+    async def _push(self, account: str, account_jwt: str) -> None:
         if self.push_fails:
+            self.pushes_failed += 1
             raise BusTimeout("the server does not answer")
-        self.pushed.append(account_jwt)
+        if account == self.world.state.network.account:
+            self.pushed.append(account_jwt)
+        else:
+            assert account == account_nkey(self.world.state.system.node)
+            self.pushed_to_system.append(account_jwt)
 
     def count(self, subject: str) -> int:
         return len(self.messages.get(subject, []))
@@ -90,6 +100,7 @@ def test_a_revocation_by_another_process_is_pushed_and_told_without_being_woken(
         pushed = len(ears.pushed)
         World(world.state.paths.folder.parent, world.clock).registrar.revoke(device.node, "elsewhere")
         await until(lambda: len(ears.pushed) > pushed)
+        await until(lambda: len(ears.pushed_to_system) == len(ears.pushed))
         passports = PassportReader(world.state.network, world.clock)
 
         def heard_of_it() -> bool:
@@ -103,6 +114,32 @@ def test_a_revocation_by_another_process_is_pushed_and_told_without_being_woken(
     run(scenario())
 
 
+def test_a_server_that_is_away_is_tried_again_and_nothing_is_written_meanwhile(world: World) -> None:
+    async def scenario() -> None:
+        ears, device = Ears(world), world.member()
+        ears.push_fails = True
+        await ears.begin()
+        await until(lambda: ears.pushes_failed)
+        made, failed = issued(world), ears.pushes_failed
+        for attempt in range(1, 4):
+            ears.duties.wake()
+            await until(lambda enough=failed + attempt: ears.pushes_failed >= enough)
+        assert issued(world) == made
+        world.registrar.revoke(device.node, "lost")
+        ears.duties.wake()
+        await until(lambda: issued(world) != made)
+        ears.push_fails = False
+        await until(lambda: ears.pushed)
+        assert set(cut_by(ears.pushed[0])) == {user_nkey(device.node)}, "what is brought at last is the newest"
+        await ears.duties.close()
+
+    def issued(world: World) -> str | None:
+        with world.database.reading() as connection:
+            return setting(connection, "account_issued")
+
+    run(scenario())
+
+
 def test_the_list_is_told_before_the_server_is_brought_it(world: World) -> None:
     async def scenario() -> None:
         ears, device = Ears(world), world.member()
@@ -110,7 +147,7 @@ def test_the_list_is_told_before_the_server_is_brought_it(world: World) -> None:
         await until(lambda: ears.pushed and ears.count(SUBJECTS.revocations))
         order: list[str] = []
 
-        async def pushed(_: str) -> None:
+        async def pushed(_: str, __: str) -> None:
             order.append("pushed")
 
         async def told(_: str, __: bytes) -> None:
@@ -213,4 +250,7 @@ def test_a_published_model_is_recorded_by_name(world: World) -> None:
     ((kind, who, body),) = changes(before, after)
     assert (kind, who, body["added_count"], len(body["added"])) == (Kind.MODEL_PUBLISHED, "publishers", 60, 50)
     ((_, _, taken),) = changes(after, before)
-    assert (taken["removed_count"], taken["added_count"]) == (60, 0)
+    assert (taken["removed_count"], taken["added_count"], taken["publisher_removed"]) == (60, 0, True)
+    empty = msgspec.structs.replace(before, lists={"models-dora": Listed(1, ())})
+    ((_, who, gone),) = changes(empty, msgspec.structs.replace(empty, lists={}))
+    assert (who, gone) == ("council", {"list": "models-dora", "publisher_removed": True})

@@ -8,18 +8,23 @@ from typing import Any
 
 import pytest
 
+from fallow.domain.errors import RegistrarUnavailable
 from fallow.domain.fleet import Subjects
 from fallow.fabric.memory_bus import MemoryHub
+from fallow.gateway.server import ServerLimits
 from fallow.system_clock import SystemClock
 from fallow.trust.keys import Identity, new_identity
 from fallow.trust.membership import REVOCATIONS_FILE, Membership, NetworkClock, enrol, load
 from fallow.trust.passports import PassportReader
 from fallow.trust.registrar_client import meet
 from fallow.trust.revocation_watch import CHECKS, RevocationWatch
+from fallow.wiring import charter_source
 from tests.unit.trust.registrar_world import World, served
 
 SUBJECTS = Subjects("home")
 LIMIT_S = 20.0
+LEAVING = ServerLimits(shutdown_s=0.05)
+"""Of a server that waits for nobody when it goes."""
 
 
 @pytest.fixture
@@ -94,14 +99,42 @@ def test_a_list_on_the_bus_is_used_at_once_and_kept_over_a_restart_without_regis
             world.registrar.revoke(other.node, "lost")
             speaker = process.hub.connect("registrar")
             await speaker.publish(SUBJECTS.revocations, b"nonsense")
-            await speaker.publish(SUBJECTS.revocations, world.word.revocations())
+            said = world.word.revocations()
+            await speaker.publish(SUBJECTS.revocations, said)
             await until(lambda: process.passports.revoked(other.node))
-            await until(lambda: (folder / REVOCATIONS_FILE).read_bytes() == world.word.revocations())
+            await until(lambda: (folder / REVOCATIONS_FILE).read_bytes() == said)
             await process.close()
         again = Process(load(folder, process.member.who, SystemClock()), folder)
         await again.start()
         assert again.passports.revoked(other.node), "the registrar is away, and the disk remembers"
         await again.close()
+
+    run(scenario())
+
+
+def test_where_the_registrar_moved_is_heard_on_the_bus_and_used_by_all_that_runs(world: World, tmp_path: Path) -> None:
+    """The member's requests, the charter's and the list's: nothing is started again."""
+
+    async def scenario() -> None:
+        folder = tmp_path / "device"
+        async with served(world, connections=LEAVING):
+            process = Process(await joined(world, folder), folder)
+            await process.start()
+            source = charter_source(process.member, folder / "charter")
+        with pytest.raises(RegistrarUnavailable):
+            await process.member.reach()
+        other = world.member()
+        async with served(world, connections=LEAVING) as moved:
+            world.registrar.revoke(other.node, "lost")
+            world.word.tell_places()
+            await process.hub.connect("registrar").publish(SUBJECTS.revocations, world.word.revocations())
+            await until(lambda: process.member.places.registrar_urls == (moved.url,))
+            await process.member.reach()
+            await asyncio.to_thread(source.check, time.time())
+            assert process.passports.revoked(other.node)
+        await process.close()
+        kept = load(folder, process.member.who, SystemClock()).places
+        assert kept.registrar_urls == (moved.url,)
 
     run(scenario())
 
@@ -141,7 +174,7 @@ def test_a_refusal_to_renew_that_is_for_good_is_looked_at(world: World, tmp_path
         async with served(world):
             who = new_identity()
             process = Process(await joined(world, tmp_path / "device", who), tmp_path / "device")
-            process.member._wait_s = lambda failures: 0.05  # type: ignore[method-assign]
+            process.member._wait_s = lambda: 0.05  # type: ignore[method-assign]
             await process.start()
             await process.member.start()
             assert not process.member.ended

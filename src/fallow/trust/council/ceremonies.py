@@ -8,8 +8,7 @@ Rules
 - No file or network here (`files.py`, `repository.py`), and no clock: the time is passed in.
 """
 
-from collections.abc import Collection, Iterable, Mapping
-from datetime import datetime
+from collections.abc import Iterable, Mapping
 
 import msgspec
 from tuf.api.metadata import (
@@ -45,8 +44,8 @@ class Wanted(msgspec.Struct, frozen=True, kw_only=True):
     threshold: int | None = None
     online: NodeId | None = None
     """The registrar's key for snapshot and timestamp."""
-    publishers: Mapping[str, Members] | None = None
-    """By role, all of them."""
+    publishers: Mapping[str, NodeId] | None = None
+    """By role (`models-alice`), all of them, in the order that decides which model has a name that two claim."""
     withdraw: Mapping[str, frozenset[str]] | None = None
     """By role, the paths that its list loses."""
 
@@ -77,8 +76,8 @@ def founding(wanted: Wanted, now_unix_s: float) -> Proposal:
 def proposal(base: Base, wanted: Wanted, now_unix_s: float) -> Proposal:
     """A change of what is in force; with nothing `wanted`, the same for as long again (`ROOT_LIFE_S`).
 
-    A list is signed anew when none of today's publishers may be the one who signed it, when somebody stops publishing
-    it (whose next version must not stop this), or when it loses entries.
+    A list comes along, for its publisher to sign, when it is the first one, when another key has it, or when it loses
+    entries. A publisher who is removed signs nothing, and one who is away holds up nobody.
     Raises `CharterInvalid` for a base that does not hold, or a change that cannot be.
     """
     root, targets, policy = verify_base(base)
@@ -86,13 +85,8 @@ def proposal(base: Base, wanted: Wanted, now_unix_s: float) -> Proposal:
     refusal = why_policy_cannot_follow(policy, after)
     if refusal is not None:
         raise CharterInvalid(refusal)
-    held = {role: tuf.publisher_names(targets, role) for role in tuf.delegated_roles(targets)}
-    publishers = held | {role: dict(names) for role, names in (wanted.publishers or {}).items()}
-    withdrawn = wanted.withdraw or {}
-    changed = {role for role, names in held.items() if names.keys() - publishers[role].keys()} | withdrawn.keys()
-    # An old list is signed anew with a renewal only: a publisher who is away must not hold up a resumption, and a list
-    # that ran out lists nothing until its publisher signs it again.
-    lists_until = tuf.utc(now_unix_s + tuf.ROOT_LIFE_S / 2 if wanted == Wanted() else 0)
+    held = tuf.publishers(targets)
+    publishers = held if wanted.publishers is None else wanted.publishers
     new_root = _next_root(root, wanted, now_unix_s)
     new_targets = _targets(targets.version + 1, after, publishers, now_unix_s)
     return Proposal(
@@ -102,7 +96,7 @@ def proposal(base: Base, wanted: Wanted, now_unix_s: float) -> Proposal:
         policy=tuf.encode_policy(after).decode(),
         delegated={
             role: _text(Metadata(_list(version, listed, now_unix_s)))
-            for role, (version, listed) in _lists_to_sign(base, new_targets, lists_until, changed, withdrawn).items()
+            for role, (version, listed) in _lists_to_sign(base, held, publishers, wanted.withdraw or {}).items()
         },
     )
 
@@ -128,31 +122,26 @@ def is_young(signed: Root | Targets, now_unix_s: float) -> bool:
 
 
 def _lists_to_sign(
-    base: Base, targets: Targets, until: datetime, changed: Collection[str], withdrawn: Mapping[str, frozenset[str]]
+    base: Base, held: Mapping[str, NodeId], publishers: Mapping[str, NodeId], withdrawn: Mapping[str, frozenset[str]]
 ) -> dict[str, tuple[int, Mapping[str, TargetFile]]]:
-    """Role to version and content of the lists that changed, or that no publisher of `targets` signed until then.
+    """Role to version and content of the lists that are new, have another key, or lose entries.
 
     Raises `CharterInvalid` for a path to withdraw that is not listed.
     """
-    found: dict[str, tuple[int, Mapping[str, TargetFile]]] = {}
-    for role in tuf.delegated_roles(targets):
-        old = tuf.read(Targets, base.delegated[role]) if role in base.delegated else None
-        listed = old.signed.targets if old is not None else {}
-        missing = withdrawn.get(role, frozenset()) - listed.keys()
-        if missing:
-            raise CharterInvalid(f"{min(missing)} is not listed")
-        if old is None:
-            found[role] = (1, {})
-        elif (
-            role in changed
-            or old.signed.expires < until
-            or not targets.get_verification_result(role, old.signed_bytes, old.signatures)
-        ):
-            left = {path: file for path, file in listed.items() if path not in withdrawn.get(role, frozenset())}
-            found[role] = (old.signed.version + tuf.LIST_JUMP, left)
-    unknown = withdrawn.keys() - found.keys()
+    unknown = withdrawn.keys() - (held.keys() & publishers.keys())
     if unknown:
-        raise CharterInvalid(f"nobody publishes {min(unknown)[:40]!r}")
+        raise CharterInvalid(f"nobody publishes {min(unknown)[:60]!r} before and after this")
+    found: dict[str, tuple[int, Mapping[str, TargetFile]]] = {}
+    for role, key in publishers.items():
+        if role not in held:
+            found[role] = (base.retired.get(role, 0) + 1, {})
+        elif role in withdrawn or key != held[role]:
+            old, gone = tuf.read(Targets, base.delegated[role]).signed, withdrawn.get(role, frozenset())
+            missing = gone - old.targets.keys()
+            if missing:
+                raise CharterInvalid(f"{min(missing)} is not listed")
+            left = {path: file for path, file in old.targets.items() if path not in gone}
+            found[role] = (old.version + tuf.LIST_JUMP, left)
     return found
 
 
@@ -178,16 +167,13 @@ def _root(version: int, members: Members, threshold: int, online: NodeId, now_un
     return root
 
 
-def _targets(version: int, policy: FleetPolicy, publishers: Mapping[str, Members], now_unix_s: float) -> Targets:
-    keys = {role: [tuf.public_key(node, name) for node, name in held.items()] for role, held in publishers.items()}
-    for role, held in keys.items():
-        if role not in tuf.PATHS or not held:
-            raise CharterInvalid(f"expected one publisher or more of {' or '.join(tuf.PATHS)}, got {role[:40]!r}")
+def _targets(version: int, policy: FleetPolicy, publishers: Mapping[str, NodeId], now_unix_s: float) -> Targets:
+    keys = {role: tuf.public_key(node, tuf.kind_and_name(role)[1]) for role, node in publishers.items()}
     delegations = Delegations(
-        keys={key.keyid: key for held in keys.values() for key in held},
+        keys={key.keyid: key for key in keys.values()},
         roles={
-            role: DelegatedRole(role, [key.keyid for key in held], 1, terminating=True, paths=[tuf.PATHS[role]])
-            for role, held in keys.items()
+            role: DelegatedRole(role, [key.keyid], 1, terminating=True, paths=[tuf.path_of(role, "*")])
+            for role, key in keys.items()
         },
     )
     targets = Targets(
@@ -279,7 +265,7 @@ def _documents_of(documents: Documents, node: NodeId) -> dict[str, Metadata[Root
     if node in after:
         found[Targets.type] = documents.targets
     for role, metadata in documents.delegated.items():
-        if node in tuf.publishers(documents.targets.signed, role).values():
+        if tuf.publishers(documents.targets.signed)[role] == node:
             found[role] = metadata
     return found
 

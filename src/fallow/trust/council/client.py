@@ -7,8 +7,8 @@ Rules
   the policy's epoch by ours. The folder starts from the root that the network's descriptor pins.
 - Beyond TUF's rules, each root and the policy's document must be of the form that Fallow uses (`tuf_format.py`).
 - A publisher's list that expired or cannot be read lists nothing, and the rest stays good: a publisher must not be able
-  to stop the network. One that no publisher signed, or that is not the file that the snapshot names, is the registrar's
-  doing or the line's, and makes the check fail.
+  to stop the network, nor another publisher. One that its publisher did not sign, that the snapshot leaves out, or that
+  is not the file that it names, is the registrar's doing or the line's, and makes the check fail.
 - `CharterInvalid` is what an attack looks like, `CharterUnavailable` what a bad line looks like. Both extend nothing.
 - Blocking; one check at a time.
 """
@@ -35,19 +35,18 @@ from tuf.api.metadata import Root, TargetFile, Targets
 from tuf.ngclient import Updater, UpdaterConfig
 from tuf.ngclient._internal.trusted_metadata_set import TrustedMetadataSet
 
-from fallow.domain.charter import Charter, FleetPolicy, Halt
+from fallow.domain.charter import Charter, FleetPolicy, Halt, SignedModel
 from fallow.domain.errors import CharterInvalid, CharterUnavailable, SignatureInvalid
 from fallow.domain.ids import Digest, NodeId
 from fallow.policy.council import halt_holds, why_policy_cannot_follow
 from fallow.private_file import write_durably
 from fallow.trust.council import tuf_format as tuf
 from fallow.trust.council.fetch import BASE, RepositoryFetcher
+from fallow.trust.council.figures import signed_figures
 from fallow.trust.council.halts import HALTS_FILE_MAX_BYTES, decode_halts
 
 HALTS_PATH = "halts.bin"
 LAST_POLICY = "last_policy.json"
-_PROBES = {tuf.MODELS: f"models/{'0' * 64}.json", tuf.RELEASES: "releases/0.json"}
-"""Paths that make the `Updater` load a delegated role's list: it has no other public way to."""
 
 log = logging.getLogger(__name__)
 
@@ -106,7 +105,9 @@ class CharterClient:
         self._check_roots(trusted.root)
         tuf.check_targets(trusted.targets)
         policy = self._policy(updater, trusted.targets)
-        models, releases = self._listed(updater, trusted)
+        signed, releases = self._listed(updater, trusted)
+        if policy.allowed_models is not None:
+            signed = {model: signed[model] for model in policy.allowed_models if model in signed}
         halts = self._halts(trusted.root, policy.epoch)
         self._remember(policy)
         return Charter(
@@ -115,7 +116,8 @@ class CharterClient:
             root_version=trusted.root.version,
             timestamp_version=trusted.timestamp.version,
             timestamp_expires_unix_s=trusted.timestamp.expires.timestamp(),
-            models=models if policy.allowed_models is None else models & frozenset(policy.allowed_models),
+            models=frozenset(signed),
+            signed=signed,
             releases=releases,
         ), tuple(envelope for envelope, _ in halts)
 
@@ -172,20 +174,33 @@ class CharterClient:
             raise CharterInvalid(f"a policy that cannot follow the last one: {refusal}")
         return policy
 
-    def _listed(self, updater: Updater, trusted: TrustedMetadataSet) -> tuple[frozenset[Digest], frozenset[str]]:
-        lists = {}
-        for role in tuf.delegated_roles(trusted.targets):
-            lists[role] = self._list(updater, trusted, role)
-        return tuf.signed_models(lists.get(tuf.MODELS, {})), tuf.signed_releases(lists.get(tuf.RELEASES, {}))
+    def _listed(
+        self, updater: Updater, trusted: TrustedMetadataSet
+    ) -> tuple[dict[Digest, SignedModel], frozenset[str]]:
+        """What all publishers signed together. What two of them signed stays while one of them lists it."""
+        models: dict[Digest, SignedModel] = {}
+        releases: set[str] = set()
+        for rank, role in enumerate(tuf.delegated_roles(trusted.targets)):
+            found = tuf.listed(role, self._list(updater, trusted, role))
+            if tuf.kind_and_name(role)[0] == tuf.RELEASES:
+                releases |= found.keys()
+                continue
+            for what, target in found.items():
+                before, figures = models.get(Digest(what), SignedModel(rank, ())), signed_figures(target)
+                told = before.figures if figures is None or figures in before.figures else (*before.figures, figures)
+                models[Digest(what)] = SignedModel(before.rank, told)
+        return models, frozenset(releases)
 
     def _list(self, updater: Updater, trusted: TrustedMetadataSet, role: str) -> Mapping[str, TargetFile]:
+        if f"{role}.json" not in trusted.snapshot.meta:
+            raise CharterInvalid(f"the snapshot leaves the list {role} out")
         try:
-            updater.get_targetinfo(_PROBES[role])
+            updater.get_targetinfo(tuf.probe_of(role))
         except (LengthOrHashMismatchError, UnsignedMetadataError, BadVersionNumberError):
             raise
         except RepositoryError as error:
             if self._told_of_lists.get(role) != str(error):
-                log.warning("the list of %s cannot be believed, and lists nothing: %s", role, error)
+                log.warning("the list %s cannot be believed, and lists nothing: %s", role, error)
             self._told_of_lists[role] = str(error)
             return {}
         self._told_of_lists.pop(role, None)

@@ -9,7 +9,7 @@ Rules
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -101,13 +101,15 @@ class HttpFetcher(_Fetcher):
 
     def __init__(
         self,
-        urls: Sequence[str],
+        urls: Sequence[str] | Callable[[], Sequence[str]],
         authority_pem: str,
         check_timeout_s: float = CHECK_TIMEOUT_S,
         read_timeout_s: float = READ_TIMEOUT_S,
     ) -> None:
-        """`urls`: where the repository's folder is served, such as `https://localhost:7443/tuf/`; tried in order."""
-        self._urls = [url if url.endswith("/") else url + "/" for url in urls[:URLS_MAX]]
+        """`urls`: where the repository's folder is served, such as `https://localhost:7443/tuf/`; tried in order. Given
+        as a function, each check asks it anew."""
+        self._given = urls
+        self._urls = self._places()
         self._check_timeout_s = check_timeout_s
         self._deadline_s = time.monotonic() + check_timeout_s
         self._client = httpx.Client(
@@ -120,9 +122,14 @@ class HttpFetcher(_Fetcher):
 
     def start(self) -> None:
         self._deadline_s = time.monotonic() + self._check_timeout_s
+        self._urls = self._places()
 
     def close(self) -> None:
         self._client.close()
+
+    def _places(self) -> list[str]:
+        now = self._given() if callable(self._given) else self._given
+        return [url if url.endswith("/") else url + "/" for url in now[:URLS_MAX]]
 
     def _fetch(self, url: str) -> Iterator[bytes]:
         path = url.removeprefix(BASE)

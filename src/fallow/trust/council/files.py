@@ -8,12 +8,14 @@
 
 Rules
 - Proposals are JSON, and are refused whole when they are not. Texts for people to copy are one word without spaces.
-- A pin only moves forward along verified roots: no member is shown a change as built on a council that was replaced.
+- A pin only moves forward along verified roots and versions of lists: no member is shown a change as built on a council
+  that was replaced, or on a list from before an entry was withdrawn.
 """
 
 import base64
 import binascii
 import contextlib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -23,11 +25,13 @@ from tuf.api.metadata import Metadata, Root, Snapshot, Targets, Timestamp
 from fallow.domain.charter import FleetPolicy
 from fallow.domain.errors import CharterInvalid, CharterUnavailable, ConfigError, SignatureInvalid
 from fallow.domain.ids import NodeId
+from fallow.policy.council import publisher_name
 from fallow.private_file import write_durably
 from fallow.trust.council import tuf_format as tuf
 from fallow.trust.council.ceremonies import Members, Wanted, founding, is_young, publication_of, sign
 from fallow.trust.council.ceremonies import proposal as renewal
 from fallow.trust.council.fetch import FolderFetcher, RepositoryFetcher
+from fallow.trust.council.lists import listing
 from fallow.trust.council.proposals import (
     PROPOSAL_MAX_BYTES,
     ROOTS_MAX,
@@ -107,6 +111,8 @@ class Pin(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     """SHA-256 of what the newest council that this member saw signed; `None`: only the first is known."""
     epoch: int = 0
     """Of the newest policy that this member saw."""
+    lists: dict[str, int] = {}
+    """The versions of the policy's and the publishers' lists in the newest base that this member saw, by role."""
 
 
 # --- a council of one -----------------------------------------------------------------------------
@@ -127,7 +133,7 @@ def found_council_of_one(state: Path, name: str, now_unix_s: float, policy: Flee
             members={member.node: name},
             threshold=1,
             online=load_or_create(paths.online_keys / "1.key").node,
-            publishers={role: {publisher.node: name} for role in tuf.PATHS},
+            publishers={tuf.role_of(kind, publisher_name(name)): publisher.node for kind in tuf.KINDS},
         )
         proposal, _ = sign(founding(wanted, now_unix_s), [member, publisher])
         repository.publish(publication_of(proposal), now_unix_s)
@@ -137,24 +143,23 @@ def found_council_of_one(state: Path, name: str, now_unix_s: float, policy: Flee
 
 
 def _renew_alone(paths: CouncilPaths, repository: Repository, now_unix_s: float) -> None:
-    """What would stop the home network of somebody who never heard of a council, when their first word runs out.
+    """What would stop the home network of somebody who never heard of a council, when their first word runs out: the
+    council's documents where this member alone decides, and the lists that this machine's publisher signs.
 
-    A list whose publisher is somebody else is left to them. More members than this one, too, are told by `fallow
-    council status`.
+    More members than this one, and other publishers, are told by `fallow council status`.
     """
     state = repository.in_force()
-    lists = [state.targets.signed, *(each.signed for each, _ in state.delegated.values())]
-    if is_young(state.root.signed, now_unix_s) and all(is_young(each, now_unix_s) for each in lists):
-        return
-    try:
-        keys = [load(paths.member_key), load(paths.publisher_key)]
-    except FileNotFoundError:
-        return  # others decide here
-    for wanted in (Wanted(), Wanted(policy=state.policy)):
-        with contextlib.suppress(CharterInvalid):  # more than these keys must sign
-            proposal, _ = sign(renewal(read_base(FolderFetcher(paths.repository)), wanted, now_unix_s), keys)
-            repository.publish(publication_of(proposal), now_unix_s)
-            return
+    with contextlib.suppress(FileNotFoundError, CharterInvalid):  # others decide, or more keys must sign
+        if not (is_young(state.root.signed, now_unix_s) and is_young(state.targets.signed, now_unix_s)):
+            renewed = renewal(read_base(FolderFetcher(paths.repository)), Wanted(), now_unix_s)
+            signed, _ = sign(renewed, [load(paths.member_key)])
+            repository.publish(publication_of(signed), now_unix_s)
+    with contextlib.suppress(FileNotFoundError, CharterInvalid):
+        publisher = load(paths.publisher_key)
+        for role, key in tuf.publishers(state.targets.signed).items():
+            if key == publisher.node and not is_young(state.delegated[role][0].signed, now_unix_s):
+                again = listing(repository.in_force(), tuf.kind_and_name(role)[0], {}, publisher, now_unix_s)
+                repository.publish(again, now_unix_s)
 
 
 def member_of(paths: CouncilPaths) -> Identity:
@@ -216,25 +221,30 @@ def read_base(fetcher: RepositoryFetcher) -> Base:
         if data is None:
             break
         roots.append(_utf8(data))
-    timestamp = tuf.read(Timestamp, _needed(fetcher, "metadata/timestamp.json", tuf.TIMESTAMP_MAX_BYTES))
-    version = timestamp.signed.snapshot_meta.version
-    snapshot = tuf.read(Snapshot, _needed(fetcher, f"metadata/{version}.snapshot.json", tuf.SNAPSHOT_MAX_BYTES))
-    lists = {
-        name.removesuffix(".json"): _utf8(
-            _needed(fetcher, f"metadata/{meta.version}.{name}", tuf.TARGETS_MAX_BYTES),
-        )
-        for name, meta in snapshot.signed.meta.items()
-        if name.removesuffix(".json") in {Targets.type, *tuf.PATHS}
-    }
-    if Targets.type not in lists:
-        raise CharterInvalid("the repository's snapshot names no policy")
-    targets = tuf.read(Targets, lists[Targets.type])
+    versions = _versions(fetcher, roots)
+    targets_text = _list(fetcher, Targets.type, versions)
+    targets = tuf.read(Targets, targets_text)
     tuf.check_targets(targets.signed)
+    lists = {role: _list(fetcher, role, versions) for role in tuf.delegated_roles(targets.signed)}
     stored = targets.signed.targets[tuf.POLICY].get_prefixed_paths()[0]
     policy = _utf8(_needed(fetcher, f"targets/{stored}", tuf.POLICY_MAX_BYTES))
-    base = Base(roots=tuple(roots), targets=lists.pop(Targets.type), policy=policy, delegated=lists)
+    retired = {role: version for role, version in versions.items() if role not in {Targets.type, *lists}}
+    base = Base(roots=tuple(roots), targets=targets_text, policy=policy, delegated=lists, retired=retired)
     verify_base(base)
     return base
+
+
+def _versions(fetcher: RepositoryFetcher, roots: Sequence[str]) -> dict[str, int]:
+    """Of every list, as the registrar's key of the newest root signed it. Expired or not: see `verify_base`."""
+    if not roots:
+        raise CharterUnavailable("the council's repository has no root")
+    root = tuf.read(Root, roots[-1], tuf.ROOT_MAX_BYTES).signed
+    timestamp = tuf.read(Timestamp, _needed(fetcher, "metadata/timestamp.json", tuf.TIMESTAMP_MAX_BYTES))
+    tuf.verify_by(root, Timestamp.type, timestamp)
+    version = timestamp.signed.snapshot_meta.version
+    snapshot = tuf.read(Snapshot, _needed(fetcher, f"metadata/{version}.snapshot.json", tuf.SNAPSHOT_MAX_BYTES))
+    tuf.verify_by(root, Snapshot.type, snapshot)
+    return {name.removesuffix(".json"): meta.version for name, meta in snapshot.signed.meta.items()}
 
 
 def in_force_of(base: Base) -> InForce:
@@ -248,10 +258,17 @@ def in_force_of(base: Base) -> InForce:
         targets=tuf.read(Targets, targets),
         targets_bytes=targets,
         delegated={role: (tuf.read(Targets, data), data) for role, data in lists.items()},
+        retired={},
         snapshot=Metadata(Snapshot()),
         policy=policy,
         policy_bytes=base.policy.encode(),
     )
+
+
+def _list(fetcher: RepositoryFetcher, role: str, versions: Mapping[str, int]) -> str:
+    if role not in versions:
+        raise CharterInvalid(f"the repository's snapshot names no {role}")
+    return _utf8(_needed(fetcher, f"metadata/{versions[role]}.{role}.json", tuf.TARGETS_MAX_BYTES))
 
 
 def _needed(fetcher: RepositoryFetcher, path: str, max_bytes: int) -> bytes:
@@ -287,8 +304,23 @@ def check_pin(pin: Pin, base: Base) -> Pin:
         raise CharterInvalid("this is of another network than the one that this machine's member belongs to")
     if len(digests) < pin.version or (pin.newest_root is not None and digests[pin.version - 1] != pin.newest_root):
         raise CharterInvalid("this is built on a council that is not, or no longer, the one that this member knows")
-    epoch = max(pin.epoch, policy.epoch)
-    return msgspec.structs.replace(pin, version=len(digests), newest_root=digests[-1], epoch=epoch)
+    epoch, lists = max(pin.epoch, policy.epoch), _list_versions(base)
+    registrars = len(
+        {frozenset(tuf.online_keys(tuf.read(Root, each).signed)) for each in base.roots[pin.version - 1 :]}
+    )
+    for role, version in lists.items():
+        # Under another online key, a publisher who was removed and comes back begins anew.
+        if version < pin.lists.get(role, 0) and (registrars == 1 or role == Targets.type):
+            raise CharterInvalid(
+                f"this is built on version {version} of {role}, and this member has seen version {pin.lists[role]}: "
+                "what was withdrawn since would come back. Propose it anew"
+            )
+    return msgspec.structs.replace(pin, version=len(digests), newest_root=digests[-1], epoch=epoch, lists=lists)
+
+
+def _list_versions(base: Base) -> dict[str, int]:
+    texts = {Targets.type: base.targets, **base.delegated}
+    return {role: tuf.read(Targets, text).signed.version for role, text in texts.items()}
 
 
 def write_pin(paths: CouncilPaths, pin: Pin) -> None:

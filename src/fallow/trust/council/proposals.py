@@ -19,7 +19,8 @@ from fallow.policy.council import Change, member_changes, policy_changes, why_po
 from fallow.trust.council import tuf_format as tuf
 
 PROPOSAL_FORMAT = 1
-PROPOSAL_MAX_BYTES = 16 * 1024 * 1024
+PROPOSAL_MAX_BYTES = 192 * 1024 * 1024
+"""All publishers' lists, as large as they may be, fit into one: nobody can bloat theirs to hold up their removal."""
 ROOTS_MAX = 4096
 
 
@@ -31,6 +32,10 @@ class Base(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     targets: str
     policy: str
     delegated: dict[str, str] = {}
+    """By publisher's role."""
+    retired: dict[str, int] = {}
+    """The last versions of lists whose publishers were removed. Not signed: a lie in it only makes the repository
+    refuse a publisher who comes back."""
 
 
 class Proposal(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -43,7 +48,8 @@ class Proposal(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     targets: str
     policy: str
     delegated: dict[str, str] = {}
-    """Lists that need a publisher's signature together with this change. They list what they did before, or less."""
+    """Lists that need their publisher's signature together with this change: the empty first ones of new publishers,
+    and those that changed hands or lose entries. They list what they did before, or less."""
 
 
 class Need(msgspec.Struct, frozen=True):
@@ -115,6 +121,10 @@ def verify_base(base: Base) -> tuple[Root, Targets, FleetPolicy]:
     targets = tuf.read(Targets, base.targets)
     tuf.check_targets(targets.signed)
     tuf.verify_by(trusted, Targets.type, targets)
+    if base.delegated.keys() != tuf.delegated_roles(targets.signed).keys():
+        raise CharterInvalid("a base without the lists of its publishers")
+    for role, text in base.delegated.items():
+        tuf.verify_by(targets.signed, role, tuf.read(Targets, text))
     return trusted, targets.signed, _policy_of(targets.signed, base.policy)
 
 
@@ -156,16 +166,21 @@ def parsed(proposed: Proposal) -> Documents:
     if root is not None:
         tuf.check_root(root.signed)
         _check_version("root", root.signed.version, root_before.version if root_before else 0)
+        earlier = proposed.base.roots if proposed.base is not None else ()
+        refusal = tuf.why_no_online_key(root.signed, [tuf.read(Root, text).signed for text in earlier])
+        if refusal is not None:
+            raise CharterInvalid(refusal)
     targets = tuf.read(Targets, proposed.targets)
     tuf.check_targets(targets.signed)
     _check_version("targets", targets.signed.version, targets_before.version if targets_before else 0)
     delegated = {role: tuf.read(Targets, text) for role, text in proposed.delegated.items()}
     lists = proposed.base.delegated if proposed.base is not None else {}
+    retired = proposed.base.retired if proposed.base is not None else {}
     before = {role: tuf.read(Targets, text).signed for role, text in lists.items()}
     for role, metadata in delegated.items():
         if role not in tuf.delegated_roles(targets.signed):
-            raise CharterInvalid(f"a list of {role[:40]!r}, which is delegated to nobody")
-        _check_list(role, metadata.signed, before.get(role))
+            raise CharterInvalid(f"a list of {role[:60]!r}, which is delegated to nobody")
+        _check_list(role, metadata.signed, before.get(role), retired.get(role, 0))
     return Documents(root_before, root, targets, targets_before, delegated, before)
 
 
@@ -174,12 +189,12 @@ def _check_version(what: str, version: int, before: int) -> None:
         raise CharterInvalid(f"expected version {before + 1} of the {what}, got {version}: propose it anew")
 
 
-def _check_list(role: str, proposed: Targets, before: Targets | None) -> None:
-    """A list travels with a proposal to be signed by a publisher who stays or comes: it may lose entries, not gain any.
+def _check_list(role: str, proposed: Targets, before: Targets | None, retired_version: int) -> None:
+    """A list travels with a proposal to be signed by its publisher: it may lose entries, not gain any.
 
-    Its version is far above the last one: the publisher who goes may publish until the new list is in force.
+    Its version is far above the last one: who holds the old key may publish until the new list is in force.
     """
-    _check_version(role, proposed.version, before.version - 1 + tuf.LIST_JUMP if before is not None else 0)
+    _check_version(role, proposed.version, before.version - 1 + tuf.LIST_JUMP if before else retired_version)
     listed = before.targets if before is not None else {}
     if proposed.delegations is not None or any(listed.get(path) != file for path, file in proposed.targets.items()):
         raise CharterInvalid(f"the proposal lists in {role} what was not there; that is its publisher's to do")
@@ -223,32 +238,33 @@ def _expiry_change(what: str, old: Root | Targets | None, new: Root | Targets) -
 
 
 def _publisher_changes(documents: Documents) -> tuple[Change, ...]:
-    old, new = documents.targets_before, documents.targets.signed
-    found: list[Change] = []
-    roles = {*tuf.delegated_roles(new), *(tuf.delegated_roles(old) if old is not None else ())}
-    for role in sorted(roles):
-        held = tuf.delegated_roles(old).get(role) if old is not None else None
-        holds = tuf.delegated_roles(new).get(role)
-        found.extend(
-            member_changes(
-                tuf.publisher_names(old, role) if old is not None else {},
-                held.threshold if held is not None else 0,
-                tuf.publisher_names(new, role),
-                holds.threshold if holds is not None else 0,
-                f"publishers of {role}",
-            )
-        )
-    return tuple(found)
+    old = tuf.publishers(documents.targets_before) if documents.targets_before is not None else {}
+    new = tuf.publishers(documents.targets.signed)
+    changes = [Change(f"publisher removed: {role}", f"key {old[role]}", "") for role in old if role not in new]
+    changes += [Change(f"publisher added: {role}", "", f"key {new[role]}") for role in new if role not in old]
+    changes += [
+        Change(f"publisher's new key: {role}", f"key {old[role]}", f"key {new[role]}")
+        for role in new
+        if role in old and old[role] != new[role]
+    ]
+    before, after = ([role for role in each if tuf.kind_and_name(role)[0] == tuf.MODELS] for each in (old, new))
+    if after != [role for role in before if role in new] + [role for role in after if role not in old]:
+        changes.append(Change("publishers of models, who has a name first", ", ".join(before), ", ".join(after)))
+    return tuple(changes)
 
 
 def _list_changes(documents: Documents) -> tuple[Change, ...]:
-    """What a new list leaves out, and what it vouches for: its signer answers for all of that."""
+    """What is listed no more, and what a new list vouches for: its signer answers for all of that."""
+    roles = tuf.delegated_roles(documents.targets.signed)
     found: list[Change] = []
-    for role, metadata in documents.delegated.items():
-        before = documents.delegated_before.get(role)
-        for path in sorted(before.targets) if before is not None else ():
-            after = path if path in metadata.signed.targets else ""
-            found.append(Change(f"{role}: {'signed anew' if after else 'withdrawn'}", path, after))
+    for role, before in documents.delegated_before.items():
+        if role in roles and role not in documents.delegated:
+            continue
+        stays = documents.delegated[role].signed.targets if role in roles else {}
+        for path in sorted(before.targets):
+            what = tuf.what_of(role, path)
+            after = what if path in stays else ""
+            found.append(Change(f"{role}: {'signed anew' if after else 'withdrawn'}", what, after))
     return tuple(found)
 
 
@@ -260,7 +276,7 @@ def _needs(documents: Documents) -> tuple[Need, ...]:
         found.append(_need("the new council, by itself", documents.root.signed, Root.type, documents.root))
     found.append(_need("the policy", documents.root_after, Targets.type, documents.targets))
     for role, metadata in documents.delegated.items():
-        found.append(_need(f"the list of {role}", documents.targets.signed, role, metadata))
+        found.append(_need(f"the list {role}", documents.targets.signed, role, metadata))
     return tuple(found)
 
 

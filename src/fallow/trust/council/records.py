@@ -94,6 +94,10 @@ def changes(before: Seen | None, after: Seen) -> list[Record]:
         if known is None or known.version != listed.version:
             old = set(known.names) if known is not None else set()
             records.append((Kind.MODEL_PUBLISHED, "publishers", _list_body(role, listed, old)))
+    for role, listed in before.lists.items() if before is not None else ():
+        if role not in after.lists:  # recorded although it listed nothing: somebody may publish no more
+            body = _list_body(role, Listed(listed.version, ()), set(listed.names)) or {"list": role}
+            records.append((Kind.MODEL_PUBLISHED, "council", body | {"publisher_removed": True}))
     for signer, halt in after.halts.items():
         if before is None or before.halts.get(signer) != halt:
             body = {"epoch": halt.epoch, "why": halt.why, "issued_unix_s": halt.issued_unix_s}

@@ -1,12 +1,15 @@
 """The council's repository: a folder in TUF's layout that the registrar serves as static files and keeps fresh.
 
-    metadata/N.root.json  N.targets.json  N.models.json  N.releases.json  N.snapshot.json  timestamp.json
-    targets/<sha256>.policy.json   targets/models/<sha256>.<digest>.json   targets/releases/<sha256>.<version>.json
+    metadata/N.root.json  N.targets.json  N.models-NAME.json  N.releases-NAME.json  N.snapshot.json  timestamp.json
+    targets/<sha256>.policy.json
+    targets/models/NAME/<sha256>.<digest>.json  targets/releases/NAME/<sha256>.<version>.json
     halts.bin
 
 Rules
 - A publication is verified whole before a file changes: signatures by threshold, versions that rise by one, an epoch
   that rises, delegations and paths that Fallow uses, every target's bytes. What a device would refuse is never written.
+- Nothing is written for a publication that says only what is in force. What is kept of the past, and how much a
+  publisher's key may fill, is `retention.py`'s.
 - Files get new names (consistent snapshots); `timestamp.json` is replaced last. A crash leaves the old state, or a root
   that publishing the same again completes.
 - The online keys sign snapshot and timestamp and can sign nothing else. Which of the keys in their folder to use is
@@ -18,7 +21,7 @@ Rules
 import contextlib
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
 
@@ -26,10 +29,11 @@ import msgspec
 from tuf.api.metadata import Metadata, MetaFile, Root, Snapshot, Targets, Timestamp
 
 from fallow.domain.charter import FleetPolicy, Halt
-from fallow.domain.errors import CharterUnavailable, NotWorking
+from fallow.domain.errors import CharterInvalid, CharterUnavailable, NotWorking
 from fallow.domain.ids import NodeId
 from fallow.private_file import Sync, write_durably
 from fallow.trust.council import publication as publications
+from fallow.trust.council import retention
 from fallow.trust.council import tuf_format as tuf
 from fallow.trust.council.halts import HaltBook
 from fallow.trust.council.publication import InForce, Publication, Verified
@@ -114,7 +118,9 @@ class Repository:
                 raise NotWorking(f"A council member halted the network: {halts[0][1].why}", "halted")
             snapshot = self._fresh_snapshot(state, timestamp, now_unix_s)
             expires = now_unix_s + (state.policy.lease_s if lease_s is None else lease_s)
-            self._write_timestamp(state.root.signed, timestamp, snapshot, expires)
+            data = self._timestamp_bytes(self._online(state.root.signed), timestamp, snapshot, expires)
+            # Whether the newest of many renewals survives a power cut does not matter: a whole file must be there.
+            write_durably(self._metadata / "timestamp.json", data, Sync.FILE)
             return expires
 
     def add_halt(self, envelope: bytes) -> Halt | None:
@@ -127,37 +133,36 @@ class Repository:
             return self._book().add(envelope, tuf.council_of(state.root.signed), state.policy.epoch)
 
     def publish(self, publication: Publication, now_unix_s: float) -> InForce:
-        """Put a publication in force, or raise `CharterInvalid` and change nothing.
+        """Put a publication in force, or raise `CharterInvalid` and change nothing. Nothing changes, either, when it
+        says only what is in force.
 
         While a halt holds that the publication does not end, the timestamp keeps its expiry.
         """
         with self._locked():
             before = self.in_force() if self.exists else None
             before = self._completing(before)
-            verified = publications.verify(publication, before, self._has_file, now_unix_s)
+            verified = publications.verify(publication, before, self._stored, now_unix_s)
+            if before is not None and verified.state.root_bytes != before.root_bytes:
+                self._check_online_key(verified.state.root.signed)
             return self._write(verified, before, now_unix_s)
+
+    def _check_online_key(self, root: Root) -> None:
+        refusal = tuf.why_no_online_key(root, [tuf.read(Root, text).signed for text in self.roots()])
+        if refusal is not None:
+            raise CharterInvalid(refusal)
 
     # --- writing --------------------------------------------------------------------------------
 
     def _write(self, verified: Verified, before: InForce | None, now_unix_s: float) -> InForce:
+        """Everything that can fail for what it says does so before a file changes; what is left is the disk."""
         state = verified.state
-        online = self._online(state.root.signed)  # a missing key must show before a file changes
+        online = self._online(state.root.signed)
         timestamp = self._timestamp() if before is not None else None
-        old = before.snapshot.signed if before is not None else None
-        snapshot = Snapshot(
-            version=old.version + 1 if old is not None else 1,
-            expires=tuf.utc(now_unix_s + tuf.SNAPSHOT_LIFE_S),
-            meta={
-                f"{role}.json": MetaFile(metadata.signed.version, len(data), {"sha256": tuf.sha256(data)})
-                for role, (metadata, data) in state.targets_by_role().items()
-            },
-        )
-        for path, data in verified.files.items():
-            write_durably(self._targets / path, data)
-        for role, (metadata, data) in state.targets_by_role().items():
-            write_durably(self._metadata / f"{metadata.signed.version}.{role}.json", data)
-        signed_snapshot = self._write_snapshot(snapshot, online)
-        write_durably(self._root_path(state.root.signed.version), state.root_bytes)
+        if timestamp is not None and before is not None and self._says_already(timestamp, before, state):
+            return state
+        retention.check_room(self._targets, verified.files)
+        snapshot = tuf.sign(Metadata(self._next_snapshot(state, before, now_unix_s)), [online[Snapshot.type]])
+        snapshot_bytes = snapshot.to_bytes()
         unread = (
             not self.network and (self.folder / HALTS_FILE).exists()
         )  # without a name, no halt can be told from none
@@ -165,11 +170,46 @@ class Repository:
             expires = timestamp.signed.expires.timestamp()
         else:
             expires = now_unix_s + state.policy.lease_s
-        self._write_timestamp(state.root.signed, timestamp, signed_snapshot, expires)
-        self._remembered = None
+        timestamp_bytes = self._timestamp_bytes(online, timestamp, snapshot_bytes, expires)
+        state = msgspec.structs.replace(state, snapshot=snapshot)
+        for path, data in verified.files.items():
+            write_durably(self._targets / path, data)
+        for role, (metadata, data) in state.targets_by_role().items():
+            write_durably(self._metadata / f"{metadata.signed.version}.{role}.json", data)
+        write_durably(self._metadata / f"{snapshot.signed.version}.snapshot.json", snapshot_bytes)
+        write_durably(self._root_path(state.root.signed.version), state.root_bytes)
+        write_durably(self._metadata / "timestamp.json", timestamp_bytes, Sync.FILE)
+        self._remembered = (snapshot.signed.version, state)
         if self.network:
             self._book().prune(tuf.council_of(state.root.signed), state.policy.epoch)
-        return self.in_force()
+        retention.forget_lists(self._metadata, snapshot.signed)
+        if before is not None and before.targets_bytes != state.targets_bytes:
+            lists = (metadata.signed.targets.values() for metadata, _ in state.delegated.values())
+            retention.forget_files(self._targets, (each.get_prefixed_paths()[0] for found in lists for each in found))
+        return state
+
+    def _says_already(self, timestamp: Metadata[Timestamp], before: InForce, state: InForce) -> bool:
+        """Whether a publication brought nothing new, and nothing that a crash left open: then nothing is written, or
+        whoever sends the same again would fill the disk."""
+        lists = {role: data for role, (_, data) in state.targets_by_role().items()}
+        if (before.root_bytes, {role: data for role, (_, data) in before.targets_by_role().items()}) != (
+            state.root_bytes,
+            lists,
+        ):
+            return False
+        try:
+            tuf.verify_by(state.root.signed, Timestamp.type, timestamp)
+            tuf.verify_by(state.root.signed, Snapshot.type, before.snapshot)
+        except CharterInvalid:
+            return False
+        return True
+
+    def _next_snapshot(self, state: InForce, before: InForce | None, now_unix_s: float) -> Snapshot:
+        meta = {f"{role}.json": meta for role, meta in state.retired.items()}
+        for role, (metadata, data) in state.targets_by_role().items():
+            meta[f"{role}.json"] = MetaFile(metadata.signed.version, len(data), {"sha256": tuf.sha256(data)})
+        version = before.snapshot.signed.version + 1 if before is not None else 1
+        return Snapshot(version=version, expires=tuf.utc(now_unix_s + tuf.SNAPSHOT_LIFE_S), meta=meta)
 
     def _fresh_snapshot(self, state: InForce, timestamp: Metadata[Timestamp], now_unix_s: float) -> bytes | None:
         """A new snapshot when half of the present one's life is gone."""
@@ -181,16 +221,17 @@ class Repository:
             expires=tuf.utc(now_unix_s + tuf.SNAPSHOT_LIFE_S),
             meta=state.snapshot.signed.meta,
         )
-        return self._write_snapshot(snapshot, self._online(state.root.signed))
-
-    def _write_snapshot(self, snapshot: Snapshot, online: Mapping[str, Identity]) -> bytes:
-        data = tuf.sign(Metadata(snapshot), [online[Snapshot.type]]).to_bytes()
+        data = tuf.sign(Metadata(snapshot), [self._online(state.root.signed)[Snapshot.type]]).to_bytes()
         write_durably(self._metadata / f"{snapshot.version}.snapshot.json", data)
         return data
 
-    def _write_timestamp(
-        self, root: Root, before: Metadata[Timestamp] | None, snapshot: bytes | None, expires_unix_s: float
-    ) -> None:
+    @staticmethod
+    def _timestamp_bytes(
+        online: Mapping[str, Identity],
+        before: Metadata[Timestamp] | None,
+        snapshot: bytes | None,
+        expires_unix_s: float,
+    ) -> bytes:
         """`snapshot`: the bytes of a new one; `None` when the timestamp goes on naming the one that it named."""
         if snapshot is not None:
             version = tuf.read(Snapshot, snapshot, tuf.SNAPSHOT_MAX_BYTES).signed.version
@@ -203,23 +244,17 @@ class Repository:
             expires=tuf.utc(expires_unix_s),
             snapshot_meta=meta,
         )
-        signed = tuf.sign(Metadata(timestamp), [self._online(root)[Timestamp.type]])
-        # Whether the newest of many renewals survives a power cut does not matter: a whole file must be there.
-        write_durably(self._metadata / "timestamp.json", signed.to_bytes(), Sync.FILE)
+        return tuf.sign(Metadata(timestamp), [online[Timestamp.type]]).to_bytes()
 
     # --- reading --------------------------------------------------------------------------------
 
     def _load(self, snapshot_version: int) -> InForce:
         root_bytes = self._read(self._root_path(self._root_version()))
         snapshot = tuf.read(Snapshot, self._read(self._metadata / f"{snapshot_version}.snapshot.json"))
-        found = {}
-        for name, meta in snapshot.signed.meta.items():
-            role = name.removesuffix(".json")
-            data = self._read(self._metadata / f"{meta.version}.{role}.json")
-            found[role] = (tuf.read(Targets, data), data)
-        if Targets.type not in found:
-            raise CharterUnavailable(f"{self.folder} was damaged: its snapshot names no policy")
-        targets, targets_bytes = found.pop(Targets.type)
+        named = {name.removesuffix(".json"): meta for name, meta in snapshot.signed.meta.items()}
+        targets, targets_bytes = self._load_list(Targets.type, named)
+        tuf.check_targets(targets.signed)
+        delegated = {role: self._load_list(role, named) for role in tuf.delegated_roles(targets.signed)}
         policy = targets.signed.targets[tuf.POLICY]
         policy_bytes = self._read(self._targets / f"{policy.hashes['sha256']}.{tuf.POLICY}")
         return InForce(
@@ -227,11 +262,18 @@ class Repository:
             root_bytes=root_bytes,
             targets=targets,
             targets_bytes=targets_bytes,
-            delegated=found,
+            delegated=delegated,
+            retired={role: meta for role, meta in named.items() if role not in {Targets.type, *delegated}},
             snapshot=snapshot,
             policy=tuf.decode_policy(policy_bytes),
             policy_bytes=policy_bytes,
         )
+
+    def _load_list(self, role: str, named: Mapping[str, MetaFile]) -> tuple[Metadata[Targets], bytes]:
+        if role not in named:
+            raise CharterUnavailable(f"{self.folder} was damaged: its snapshot names no {role}")
+        data = self._read(self._metadata / f"{named[role].version}.{role}.json")
+        return tuf.read(Targets, data), data
 
     def _completing(self, before: InForce | None) -> InForce | None:
         """The state with the newest root on disk, which a crash may have left ahead of the rest."""
@@ -257,8 +299,9 @@ class Repository:
             )
         return max(versions)
 
-    def _has_file(self, path: str) -> bool:
-        return (self._targets / path).is_file()
+    def _stored(self, path: str) -> Callable[[], bytes] | None:
+        stored = self._targets / path
+        return stored.read_bytes if stored.is_file() else None
 
     def _read(self, path: Path) -> bytes:
         try:

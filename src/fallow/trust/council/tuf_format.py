@@ -4,8 +4,9 @@ Rules
 - Keys are Ed25519 and nothing else. In one role a public key counts once, whatever names (key ids) it goes by: TUF
   counts key ids, so a key with two ids would count twice.
 - `root` and `targets` are the council's, with the same keys and threshold. `snapshot` and `timestamp` are the
-  registrar's. `models` and `releases` are delegated to publishers, for fixed paths; nothing else is delegated, and they
-  delegate nothing.
+  registrar's.
+- Each publisher has a role of its own, `models-NAME` or `releases-NAME`: one key, one list, and paths that no other
+  role may sign (`models/NAME/*.json`). Nothing else is delegated, and publishers delegate nothing.
 - The top role has one target, `policy.json`. It is never looked up in a delegated role.
 - What is signed is TUF's canonical JSON, which begins with `{`; envelopes begin with `DSSEv1`. Neither is the other.
 - No cryptography here: python-tuf and securesystemslib sign and verify.
@@ -13,7 +14,7 @@ Rules
 
 import hashlib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import TypeVar
 
@@ -26,6 +27,7 @@ from tuf.api.metadata import DelegatedRole, Metadata, Role, Root, Signed, Snapsh
 from fallow.domain.charter import FleetPolicy
 from fallow.domain.errors import CharterInvalid, SignatureInvalid
 from fallow.domain.ids import Digest, NodeId
+from fallow.policy.council import PUBLISHERS_MAX, why_no_publisher_name
 from fallow.trust import keys
 from fallow.trust.keys import Identity
 
@@ -43,25 +45,36 @@ SNAPSHOT_LIFE_S = 30 * 24 * 3600.0
 ROOT_MAX_BYTES = 256 * 1024
 TIMESTAMP_MAX_BYTES = 16 * 1024
 SNAPSHOT_MAX_BYTES = 64 * 1024
-TARGETS_MAX_BYTES = 4 * 1024 * 1024
+TARGETS_MAX_BYTES = 1024 * 1024
+"""Of a publisher's list, too: some 1,000 models."""
+LIST_ROOM_BYTES = 4096
+"""A publisher leaves so much of that: a list stays short enough to be signed anew by who replaces them."""
+NESTING_MAX = 32
+"""Of brackets in a document. Whether Python can read deeper ones depends on who asks, so nobody may write them."""
 POLICY_MAX_BYTES = 1024 * 1024
 FILE_MAX_BYTES = 32 * 1024 * 1024
 """Of a manifest or a release's description."""
 ROOT_ROTATIONS_MAX = 64
 """A device follows so many new councils in one check, and the rest in the next one."""
-DELEGATIONS_MAX = 4
+DELEGATIONS_MAX = 1
+"""For one path: the council delegates to a publisher, and what a publisher may delegate is never fetched."""
+LISTS_KEPT_MAX = 256
+"""A snapshot names every list that there is and was, because to a device one that vanished is an attack."""
 
 POLICY = "policy.json"
 MODELS = "models"
 RELEASES = "releases"
-PATHS: Mapping[str, str] = {MODELS: "models/*.json", RELEASES: "releases/*.json"}
-"""Delegated roles and the only paths that each may sign."""
+KINDS = (MODELS, RELEASES)
+"""Of what publishers publish."""
 NAME_FIELD = "x-fallow-name"
 """In a key of the root: whose it is, for people."""
 NAME_MAX_CHARS = 64
 
-_MODEL_PATH = re.compile(r"models/([0-9a-f]{64})\.json")
-_RELEASE_PATH = re.compile(r"releases/([0-9A-Za-z][0-9A-Za-z.+!_-]{0,63})\.json")
+_WHAT = {MODELS: re.compile(r"[0-9a-f]{64}"), RELEASES: re.compile(r"[0-9A-Za-z][0-9A-Za-z.+!_-]{0,63}")}
+"""What a list of each kind may name: digests of manifests, versions of Fallow."""
+_NEXT = re.compile(rb'"(?:[^"\\]++|\\.)*+"?|[][{}]', re.DOTALL)
+"""A text (to the end, when it has none), or a bracket."""
+_PROBES = {MODELS: "0" * 64, RELEASES: "0"}
 
 S = TypeVar("S", Root, Targets, Snapshot, Timestamp)
 
@@ -125,6 +138,24 @@ def council_of(root: Root) -> dict[str, NodeId]:
     return holders(root.roles[Root.type], root.keys, Root.type)
 
 
+def online_keys(root: Root) -> set[NodeId]:
+    """The registrar's keys, for snapshot and timestamp. Raises `CharterInvalid`."""
+    roles = (Snapshot.type, Timestamp.type)
+    return {node for role in roles for node in holders(root.roles[role], root.keys, role).values()}
+
+
+def why_no_online_key(root: Root, earlier: Sequence[Root]) -> str | None:
+    """Why a root that follows the `earlier` ones, oldest first, may not name its online keys; `None` when it may.
+
+    A key that comes back brings back what it signed before, and versions of which devices saw higher ones since.
+    """
+    new = online_keys(root) - online_keys(earlier[-1]) if earlier else set()
+    again = {node for each in earlier if new for node in new & online_keys(each)}
+    return (
+        f"the registrar's key {min(again)} was in use before, and does not come back: make another" if again else None
+    )
+
+
 def member_names(root: Root) -> dict[NodeId, str]:
     return {node: name_of(root.keys[keyid]) for keyid, node in council_of(root).items()}
 
@@ -137,6 +168,7 @@ def read(type_: type[S], data: bytes | str, max_bytes: int = TARGETS_MAX_BYTES) 
     raw = data.encode() if isinstance(data, str) else data
     if len(raw) > max_bytes:
         raise CharterInvalid(f"expected {type_.type} metadata of up to {max_bytes} bytes, got {len(raw)}")
+    _check_nesting(raw)
     try:
         metadata: Metadata[S] = Metadata.from_bytes(raw)
     except RepositoryError as error:
@@ -144,6 +176,15 @@ def read(type_: type[S], data: bytes | str, max_bytes: int = TARGETS_MAX_BYTES) 
     if not isinstance(metadata.signed, type_):
         raise CharterInvalid(f"expected {type_.type} metadata, got {metadata.signed.type}")
     return metadata
+
+
+def _check_nesting(raw: bytes) -> None:
+    """Raises `CharterInvalid` beyond `NESTING_MAX`, in one pass over the bytes."""
+    depth = 0
+    for match in _NEXT.finditer(raw):
+        depth += {b"[": 1, b"{": 1, b"]": -1, b"}": -1}.get(match[0], 0)
+        if depth > NESTING_MAX:
+            raise CharterInvalid(f"expected brackets nested up to {NESTING_MAX} deep")
 
 
 def verify_by(delegator: Root | Targets, role: str, metadata: Metadata[S]) -> None:
@@ -179,13 +220,21 @@ def check_targets(targets: Targets) -> None:
         raise CharterInvalid(f"expected the one target {POLICY}, got {sorted(targets.targets)[:4]}")
     if targets.targets[POLICY].length > POLICY_MAX_BYTES:
         raise CharterInvalid(f"expected a policy of up to {POLICY_MAX_BYTES} bytes")
+    held: dict[str, list[NodeId]] = {kind: [] for kind in KINDS}
     for role in delegated_roles(targets).values():
-        if role.name not in PATHS or role.paths != [PATHS[role.name]]:
-            raise CharterInvalid(
-                f"expected delegations of {', '.join(PATHS)} only, got {role.name[:40]!r}: {role.paths}"
-            )
+        kind, _ = kind_and_name(str(role.name))  # python-tuf takes anything for a name
+        if role.paths != [path_of(role.name, "*")]:
+            raise CharterInvalid(f"expected a delegation of {path_of(role.name, '*')}, got {role.name}: {role.paths}")
         assert targets.delegations is not None
-        holders(role, targets.delegations.keys, role.name)
+        keys = [*holders(role, targets.delegations.keys, role.name).values()]
+        if len(keys) != 1:
+            raise CharterInvalid(f"expected one key for the publisher {role.name}, got {len(keys)}")
+        held[kind] += keys
+    for kind, keys in held.items():
+        if len(keys) > PUBLISHERS_MAX:
+            raise CharterInvalid(f"expected up to {PUBLISHERS_MAX} publishers of {kind}, got {len(keys)}")
+        if len(set(keys)) != len(keys):
+            raise CharterInvalid(f"one key is two publishers of {kind}: each needs their own")
 
 
 def delegated_roles(targets: Targets) -> dict[str, DelegatedRole]:
@@ -197,39 +246,83 @@ def delegated_roles(targets: Targets) -> dict[str, DelegatedRole]:
     return targets.delegations.roles
 
 
-def publishers(targets: Targets, role: str) -> dict[str, NodeId]:
-    """Key id to public key of a delegated role's holders; empty when nobody holds it."""
-    found = delegated_roles(targets).get(role)
-    if found is None or targets.delegations is None:
-        return {}
-    return holders(found, targets.delegations.keys, role)
+# --- publishers -----------------------------------------------------------------------------------
 
 
-def publisher_names(targets: Targets, role: str) -> dict[NodeId, str]:
-    """Who holds a delegated role, with the names that people gave them."""
-    if targets.delegations is None:
-        return {}
-    return {node: name_of(targets.delegations.keys[keyid]) for keyid, node in publishers(targets, role).items()}
+def role_of(kind: str, name: str) -> str:
+    """The role of a publisher. Raises `CharterInvalid` for a kind or a name that there cannot be."""
+    if kind not in KINDS:
+        raise CharterInvalid(f"expected publishers of {' or '.join(KINDS)}, got {kind[:40]!r}")
+    refusal = why_no_publisher_name(name)
+    if refusal is not None:
+        raise CharterInvalid(refusal)
+    return f"{kind}-{name}"
 
 
-def signed_models(targets: Mapping[str, TargetFile]) -> frozenset[Digest]:
-    """Models that a publisher's list names under their own digest. Whatever else it lists is not there for us."""
-    found = ((_MODEL_PATH.fullmatch(path), target) for path, target in targets.items())
-    return frozenset(Digest(path[1]) for path, target in found if path and target.hashes.get("sha256") == path[1])
+def kind_and_name(role: str) -> tuple[str, str]:
+    """What a publisher's role publishes, and what the publisher is called. Raises `CharterInvalid` for any other."""
+    if role in KINDS:
+        raise CharterInvalid(
+            f"this council's repository was made by an earlier Fallow, whose publishers of {role} shared one list; now "
+            "each has their own. Found the network anew: `fallow up` with another --state-dir"
+        )
+    kind, dash, name = role.partition("-")
+    if kind not in KINDS or not dash or why_no_publisher_name(name) is not None:
+        raise CharterInvalid(f"expected delegations of {'-NAME or '.join(KINDS)}-NAME only, got {role[:60]!r}")
+    return kind, name
 
 
-def signed_releases(targets: Mapping[str, TargetFile]) -> frozenset[str]:
-    return frozenset(path[1] for path in map(_RELEASE_PATH.fullmatch, targets) if path)
+def path_of(role: str, what: str) -> str:
+    """Where a publisher signs a model's digest or a release's version."""
+    return f"{_folder(role)}{what}.json"
+
+
+def what_of(role: str, path: str) -> str:
+    """The digest or version in a path of a publisher's list; whatever it is, when it is none of theirs."""
+    return path.removeprefix(_folder(role)).removesuffix(".json")
+
+
+def probe_of(role: str) -> str:
+    """A path that makes python-tuf's `Updater` load a publisher's list: it has no other public way to."""
+    return path_of(role, _PROBES[kind_and_name(role)[0]])
+
+
+def _folder(role: str) -> str:
+    kind, name = kind_and_name(role)
+    return f"{kind}/{name}/"
+
+
+def publishers(targets: Targets) -> dict[str, NodeId]:
+    """Role to key of every publisher, in the order in which the council names them. Of targets that were checked."""
+    roles, delegations = delegated_roles(targets), targets.delegations
+    return {
+        name: next(iter(holders(role, delegations.keys, name).values()))
+        for name, role in roles.items()
+        if delegations is not None
+    }
+
+
+def role_held_by(targets: Targets, kind: str, node: NodeId) -> str | None:
+    """The publisher's role of that kind which a key has."""
+    held = publishers(targets).items()
+    return next((role for role, key in held if key == node and kind_and_name(role)[0] == kind), None)
+
+
+def listed(role: str, targets: Mapping[str, TargetFile]) -> dict[str, TargetFile]:
+    """Digests or versions that a publisher's list names. Whatever else it lists is not there for us."""
+    return {
+        what_of(role, path): target for path, target in targets.items() if why_not_listed(role, path, target) is None
+    }
 
 
 def why_not_listed(role: str, path: str, target: TargetFile) -> str | None:
-    """Why a delegated role may not list this; `None` when it may."""
-    if role == MODELS:
-        match = _MODEL_PATH.fullmatch(path)
-        if match is None:
-            return f"{path[:100]!r} is not a model's path"
-        return None if target.hashes.get("sha256") == match[1] else f"{path} is listed with another file's digest"
-    return None if _RELEASE_PATH.fullmatch(path) else f"{path[:100]!r} is not a release's path"
+    """Why a publisher may not list this; `None` when they may."""
+    kind, what = kind_and_name(role)[0], what_of(role, path)
+    if path != path_of(role, what) or not _WHAT[kind].fullmatch(what):
+        return f"{path[:100]!r} is not a path of {role}"
+    if kind == MODELS and target.hashes.get("sha256") != what:
+        return f"{path} is listed with another file's digest"
+    return None
 
 
 # --- policy ---------------------------------------------------------------------------------------

@@ -68,7 +68,7 @@ P = ParamSpec("P")
 
 _TUF_NAME: Final = re.compile(
     r"halts\.bin|metadata/[A-Za-z0-9][A-Za-z0-9._-]{0,99}\.json"
-    r"|targets/(?:[a-z]{1,20}/)?[0-9a-f]{64}\.[A-Za-z0-9][A-Za-z0-9._+-]{0,150}\.json"
+    r"|targets/[0-9a-f]{64}\.policy\.json"  # publishers' files are kept to be checked again; no device fetches them
 )
 _STATUS: Final[dict[type[FallowError], int]] = {
     SignatureInvalid: 401,

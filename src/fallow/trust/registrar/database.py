@@ -54,6 +54,13 @@ enrolments = sql.Table(
     sql.Column("refusal_told_unix_s", sql.Double),
     sql.Column("reading_told_unix_s", sql.Double),
 )
+readmissions = sql.Table(
+    "readmissions",
+    metadata,
+    sql.Column("node", sql.String(64), primary_key=True),
+    sql.Column("void_unix_s", sql.Double, nullable=False, index=True),
+)
+"""Keys that left and were admitted again, with the time up to which their earlier passports are void."""
 invitations = sql.Table(
     "invitations",
     metadata,
@@ -207,12 +214,6 @@ def enrolments_named(connection: sql.Connection, name_or_node: str) -> list[Enro
     if len(name_or_node) >= 8 and set(name_or_node) <= set("0123456789abcdef"):
         means = sql.or_(means, enrolments.c.node.startswith(name_or_node))
     return [_enrolment(row) for row in connection.execute(sql.select(enrolments).where(means))]
-
-
-def enrolments_revoked_since(connection: sql.Connection, since_unix_s: float) -> list[Enrolment]:
-    """Revocations after a time, newest first."""
-    wanted = sql.select(enrolments).where(enrolments.c.revoked_unix_s > since_unix_s)
-    return [_enrolment(row) for row in connection.execute(wanted.order_by(enrolments.c.revoked_unix_s.desc()))]
 
 
 def enrolments_unseen_since(connection: sql.Connection, since_unix_s: float, count_max: int) -> list[Enrolment]:

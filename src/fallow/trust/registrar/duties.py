@@ -6,6 +6,8 @@ Rules
 - A duty that fails is tried again at the next look, is logged once, and keeps no other from being done. Without the bus
   the lease is renewed all the same: devices fetch it by HTTPS.
 - Who is revoked is told so before the bus's server is brought the news, which cuts its connection.
+- What cannot be brought to the bus's server is tried again as it is until something changes: while the bus is away,
+  nothing is written.
 - Revocations and halts are told when they change, when somebody says hello, and at an interval: the bus forgets.
 - While a halt holds, the lease is not renewed. That is the repository's rule; here it is no failure.
 """
@@ -32,13 +34,13 @@ LOOK_MIN_S: Final = 0.05
 """Between two looks, however often it is woken."""
 TELL_AGAIN_S: Final = 30.0
 PUSH_AGAIN_S: Final = 600.0
-"""The bus keeps an account by itself; this is for a server whose folder was lost."""
+"""The bus keeps its accounts by itself; this is for a server whose folder was lost."""
 LEASE_SHARE: Final = 0.1
 """Of a lease's length, after which it is renewed."""
 RETIRE_EVERY_S: Final = 3600.0
 
-Push = Callable[[str], Awaitable[None]]
-"""Brings the bus's server a new account JWT. Raises a `FallowError`."""
+Push = Callable[[str, str], Awaitable[None]]
+"""Brings the bus's server an account's new JWT; the account by its public nkey. Raises a `FallowError`."""
 
 log = logging.getLogger(__name__)
 
@@ -61,6 +63,8 @@ class RegistrarDuties:
         self._task: asyncio.Task[None] | None = None
         self._failures: dict[str, str] = {}
         self._halts: tuple[bytes, ...] = ()
+        self._accounts: tuple[int, dict[str, str]] | None = None
+        """What is to be pushed, until it was, and of which number; each making of it writes to the disk."""
         self._pushed: int | None = None
         self._told: int | None = None
         self._due_s: dict[str, float] = {}
@@ -95,7 +99,7 @@ class RegistrarDuties:
         duties = (
             ("halts", self._tell_halts),
             ("revocations", self._tell_revocations),
-            ("push", self._push_account),
+            ("push", self._push_accounts),
             ("lease", self._renew_lease),
             ("council", self._look_at_council),
             ("retire", self._retire),
@@ -133,12 +137,15 @@ class RegistrarDuties:
         policy = await asyncio.to_thread(self._repository.policy)
         self._done("lease", policy.lease_s * LEASE_SHARE)
 
-    async def _push_account(self) -> None:
+    async def _push_accounts(self) -> None:
         sequence = await asyncio.to_thread(self._word.sequence)
         if self._push is None or (sequence == self._pushed and not self._is_due("push")):
             return
-        await self._push(await asyncio.to_thread(self._word.account_jwt))
-        self._pushed = sequence
+        if self._accounts is None or self._accounts[0] != sequence:
+            self._accounts = (sequence, await asyncio.to_thread(self._word.accounts))
+        for account, account_jwt in self._accounts[1].items():
+            await self._push(account, account_jwt)
+        self._accounts, self._pushed = None, sequence
         self._done("push", PUSH_AGAIN_S)
 
     async def _tell_revocations(self) -> None:

@@ -110,6 +110,8 @@ class Admitted(msgspec.Struct, frozen=True, kw_only=True, tag="admitted"):
     """By the registrar's clock, as is the next. A member counts the difference on a clock that does not jump."""
     expires_unix_s: float
     places: Places
+    list_sequence: int
+    """Of the present list of revocations: older lists say nothing newer of the places."""
     journal_head: str
     """`seq:hash`; members keep it, so that the journal cannot be written anew unseen."""
     system_passport: str | None = None

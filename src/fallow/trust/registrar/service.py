@@ -3,8 +3,8 @@
 Rules
 - Every decision is `policy/enrolment.py`'s. Here it is asked, carried out and recorded in one transaction: an
   invitation that two come with at once is used by one of them.
-- What is refused changes nothing but the journal, and that only for keys and invitations that are known, and seldom:
-  what a stranger sends fills no disk.
+- What is refused changes nothing but the journal, and that only for keys and invitations that are known, and seldom. Of
+  a stranger's request the nonce is kept, until it expires within a minute. (Publications are the repository's.)
 - `answer` is for requests that came from anywhere. The other methods are for whoever holds the registrar's files, who
   is recorded as `machine`.
 - All methods block on the disk, and may be called from several threads and processes at once.
@@ -35,15 +35,19 @@ from fallow.policy.enrolment import (
     Verdict,
     Weight,
     invitations_open_max,
+    issue_unix_s,
     may_ask,
     may_enrol,
     may_invite,
     may_move,
+    seen_unix_s,
+    void_until_unix_s,
 )
 from fallow.trust import passports
 from fallow.trust.envelope import Kind as Envelopes
 from fallow.trust.envelope import unseal
 from fallow.trust.registrar import database as db
+from fallow.trust.registrar import departures_db
 from fallow.trust.registrar.consent import NEEDED_FROM, digest_of, read_consent
 from fallow.trust.registrar.invitations import as_text, new_invitation, secret_hash, secret_matches
 from fallow.trust.registrar.journal import Entry, Head, Kind
@@ -138,7 +142,7 @@ class Registrar:
         who = self._asker(connection, _ACTIONS[type(action)], signer, now_s)
         match action:
             case Renew():
-                return self._renew(connection, self._moved(connection, who, action.cell, now_s), now_s)
+                return self._admitted(connection, self._moved(connection, who, action.cell, now_s), now_s)
             case Leave():
                 return self._leave(connection, who, now_s)
             case Invite():
@@ -247,7 +251,7 @@ class Registrar:
         if not verdict.yes:
             self._refuse_invitation(connection, asked.invitation, node, verdict.refusal or "")
         if invitation.used_by == node and known is not None:  # the answer to the first attempt was lost
-            return self._renew(connection, known, now_s)
+            return self._admitted(connection, known, now_s)
         consent = None
         if asked.role in NEEDED_FROM:
             if asked.consent is None:
@@ -262,10 +266,13 @@ class Registrar:
             name=invitation.name or asked.name,
             cell=invitation.cell,
             enrolled_unix_s=now_s,
-            seen_unix_s=now_s,
+            seen_unix_s=seen_unix_s(known, now_s),
             consent=consent,
         )
-        db.save_enrolment(connection, who)
+        if known is not None and known.left_unix_s is not None:
+            void_s = max(known.left_unix_s, departures_db.void_unix_s(connection, node) or 0.0)
+            departures_db.readmit(connection, node, void_s)
+            departures_db.raise_revocations_sequence(connection, now_s)
         self._record_enrolment(connection, who, known, asked)
         return self._admitted(connection, who, now_s)
 
@@ -296,17 +303,15 @@ class Registrar:
             connection, Kind.ROLE_GRANTED, MACHINE, {"node": who.node, "role": who.role, "invitation": asked.invitation}
         )
 
-    def _renew(self, connection: sql.Connection, who: Enrolment, now_s: float) -> Admitted:
-        # `seen` never falls: a revocation counts from it on when the clock was set back meanwhile
-        seen = msgspec.structs.replace(who, seen_unix_s=max(now_s, who.seen_unix_s))
-        db.save_enrolment(connection, seen)
-        return self._admitted(connection, seen, now_s)
-
     def _admitted(self, connection: sql.Connection, who: Enrolment, now_s: float) -> Admitted:
+        """Keep the member as seen, and give it a passport; a revocation counts from that one's time on."""
+        issued_s = issue_unix_s(departures_db.void_unix_s(connection, who.node), now_s)
+        who = msgspec.structs.replace(who, seen_unix_s=seen_unix_s(who, issued_s))
+        db.save_enrolment(connection, who)
         presence = None
         if who.role is Role.COORDINATOR:
             presence = passports.issue_presence(
-                self.state.system, node=who.node, account=self.state.account.node, issued_unix_s=now_s
+                self.state.system, node=who.node, account=self.state.account.node, issued_unix_s=issued_s
             )
         return Admitted(
             passport=passports.issue(
@@ -316,11 +321,12 @@ class Registrar:
                 tier=who.tier,
                 cell=who.cell,
                 name=who.name,
-                issued_unix_s=now_s,
+                issued_unix_s=issued_s,
             ),
-            issued_unix_s=now_s,
-            expires_unix_s=now_s + PASSPORT_LIFE_S,
+            issued_unix_s=issued_s,
+            expires_unix_s=issued_s + PASSPORT_LIFE_S,
             places=read_places(self.state.paths),
+            list_sequence=departures_db.revocations_sequence(connection),
             journal_head=str(read_head(connection)),
             system_passport=presence,
         )
@@ -334,7 +340,8 @@ class Registrar:
         return msgspec.structs.replace(who, cell=cell, moved_unix_s=now_s)
 
     def _leave(self, connection: sql.Connection, who: Enrolment, now_s: float) -> Gone:
-        db.save_enrolment(connection, msgspec.structs.replace(who, left_unix_s=now_s))
+        db.save_enrolment(connection, msgspec.structs.replace(who, left_unix_s=void_until_unix_s(who, now_s)))
+        departures_db.raise_revocations_sequence(connection, now_s)
         self._record(connection, Kind.LEFT, who.node, {"name": who.name})
         return Gone(node=who.node, name=who.name)
 
@@ -375,11 +382,9 @@ class Registrar:
 
     def _revoke(self, connection: sql.Connection, by: str, target: Enrolment, why: str, now_s: float) -> Gone:
         if target.revoked_unix_s is None:
-            void_s = max(now_s, target.seen_unix_s)
+            void_s = void_until_unix_s(target, now_s)
             db.save_enrolment(connection, msgspec.structs.replace(target, revoked_unix_s=void_s, revoked_why=why))
-            # From the time, so that a database restored from a copy gives out no number that members know already.
-            last = int(db.setting(connection, "revocations") or 0)
-            db.set_setting(connection, "revocations", str(max(last + 1, int(now_s * 1000))))
+            departures_db.raise_revocations_sequence(connection, now_s)
             body = {"node": target.node, "name": target.name, "role": target.role, "why": why}
             self._record(connection, Kind.REVOKED, by, body)
         return Gone(node=target.node, name=target.name)
