@@ -112,5 +112,12 @@ def test_finding_secrets_that_were_left_lying(found: tuple[Findings, Path]) -> N
     """
     findings, _ = found
     assert findings.descriptors == ()
-    assert set(findings.environment) <= {"LANG", "GLIBC_TUNABLES", "OPENBLAS_NUM_THREADS", "PYTHONPATH", "PWD"}
+    assert set(findings.environment) <= {
+        "LANG",
+        "GLIBC_TUNABLES",
+        "OPENBLAS_NUM_THREADS",
+        "ORT_DISABLE_TELEMETRY",
+        "PYTHONPATH",
+        "PWD",
+    }
     assert "GLIBC_TUNABLES" in findings.environment

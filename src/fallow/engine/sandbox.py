@@ -145,6 +145,7 @@ def bare_environment() -> dict[str, str]:
         "LANG": "C.UTF-8",
         "GLIBC_TUNABLES": HUGE_PAGES,
         "OPENBLAS_NUM_THREADS": "1",
+        "ORT_DISABLE_TELEMETRY": "1",
         **({} if inside else {"PYTHONPATH": ours}),
     }
 

@@ -63,7 +63,13 @@ def test_no_environment_of_the_agent_reaches_it(kind, attempts, monkeypatch):
         monkeypatch.setenv(name, "a secret")
     found = probe(kind, attempts)
     assert set(found.environment) <= {*bare_environment(), "PWD"}
-    assert set(bare_environment()) <= {"LANG", "GLIBC_TUNABLES", "OPENBLAS_NUM_THREADS", "PYTHONPATH"}
+    assert set(bare_environment()) <= {
+        "LANG",
+        "GLIBC_TUNABLES",
+        "OPENBLAS_NUM_THREADS",
+        "ORT_DISABLE_TELEMETRY",
+        "PYTHONPATH",
+    }
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="forks are counted on Linux")

@@ -17,6 +17,7 @@ import pytest
 from typer.testing import CliRunner
 
 from fallow.cli.app import app
+from fallow.cli.options import console
 from fallow.domain.errors import CharterInvalid, ConfigError, FallowError, NotWorking, RegistrarUnavailable
 from fallow.domain.fleet import Subjects
 from fallow.domain.ids import ModelName
@@ -69,7 +70,7 @@ class Machine:
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(console, "_width", 200)  # keys are looked for in one piece
     return tmp_path
 
 
