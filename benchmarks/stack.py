@@ -6,9 +6,14 @@ Contenders, all with the default model at 8 bits and one engine thread a device:
 
 - bare: `EngineCore` in this process, one stream, greedy, choice of token included;
 - bare x8: the same with eight streams in one batch;
+- bare chain, bare chain x8: two processes that hold the same halves as the two devices below, in a ring of pipes with
+  this one, and nothing else: what two processes can reach on this machine, whoever wrote the rest;
 - one node: `fallow up` with one device process, one stream through the HTTP API;
 - two nodes: `fallow up` with two device processes that share the model, one stream;
 - two nodes x8: the same with eight streams at once.
+
+A stack is compared with the bare engine, which the aims are about, and one of two devices with the bare chain too: the
+first ratio is what a user pays, the second what Fallow's own work costs.
 
 Method: all services run throughout and idle between turns. A round runs every contender once, in an order drawn from a
 seed; a ratio is the median of the rounds' ratios, and above 1 means that the stack is faster than the bare engine.
@@ -36,23 +41,16 @@ from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import urlsplit
 
-import numpy as np
 import psutil
 from rich.console import Console
 from rich.table import Table
+from stack_yardsticks import Bare, bare_chain
 
-from fallow.domain.frames import Phase
-from fallow.domain.ids import Digest, SessionId
-from fallow.domain.model import Manifest, Span, StageSpec
-from fallow.engine.client import HUGE_PAGES, worker_environment
-from fallow.engine.contract import Step, Stepped
-from fallow.engine.core import EngineCore
-from fallow.engine.settings import EngineSettings
+from fallow.engine.client import worker_environment
+from fallow.engine.sandbox import HUGE_PAGES
 from fallow.gateway.keys import new_key
 from fallow.models.default import ensure_default_model
-from fallow.models.manifest import layer_files, manifest_digest
 from fallow.models.store import Store
-from fallow.models.tokenizer import load_tokenizer
 from fallow.processes.local_service import LocalService
 
 RESULTS = Path(__file__).parent / "results" / "stack.json"
@@ -62,60 +60,15 @@ SEED = 1
 ONE_THREAD = "[node]\nthreads = 1\n\n"
 HALVES = "[placement]\nmax_share = 0.7\nreplicas = 1\n\n"
 """Each of two devices holds one half of the model's work, and no spare pieces."""
-TARGETS = {"one node": ("bare", 0.95), "two nodes": ("bare", 0.85), "two nodes x8": ("bare x8", 1.5)}
-
-
-class Bare:
-    """The engine in this process, without any of the rest."""
-
-    def __init__(self, store: Store, manifest: Manifest) -> None:
-        self.model: Digest = manifest_digest(manifest)
-        self.whole = Span(0, manifest.config.layer_count)
-        stage = StageSpec(model=self.model, pieces=(self.whole,))
-        files = {ref.digest: store.blob_path(ref.digest) for ref in layer_files(manifest, stage)}
-        self.core = EngineCore(EngineSettings())
-        self.core.load(stage, manifest, {digest: path for digest, path in files.items() if path is not None})
-        tokenizer = load_tokenizer(store.blob_path(manifest.tokenizer.digest) or Path())
-        self.prompt = tokenizer.encode(PROMPT).ids
-
-    def run(self, streams: int, tokens: int) -> float:
-        """Tokens a second of all streams together, from the first token to the last."""
-        names = [SessionId(f"{index:032x}") for index in range(streams)]
-        for name in names:
-            self.core.open(name, self.model, self.whole, len(self.prompt) + tokens + 2)
-            self._submit(name, 0, self.prompt, Phase.PREFILL)
-        nexts = self._results(streams)
-        began_s = time.perf_counter()
-        for index in range(tokens):
-            for number, name in enumerate(names):
-                self._submit(name, len(self.prompt) + index, [nexts[number]], Phase.DECODE)
-            nexts = self._results(streams)
-        elapsed_s = time.perf_counter() - began_s
-        for name in names:
-            self.core.free(name)
-        self.core.outcomes()
-        return streams * tokens / elapsed_s
-
-    def _submit(self, name: SessionId, position: int, tokens: list[int], phase: Phase) -> None:
-        step = Step(
-            session=name,
-            position=position,
-            count=len(tokens),
-            phase=phase,
-            logits_from=position + len(tokens) - 1,
-            top_k=1,
-            payload=np.asarray(tokens, np.int32).tobytes(),
-        )
-        self.core.step(int(name, 16), step)
-
-    def _results(self, streams: int) -> list[int]:
-        tokens: dict[int, int] = {}
-        while len(tokens) < streams:
-            self.core.turn()
-            for ticket, outcome in self.core.outcomes():
-                assert isinstance(outcome, Stepped), outcome
-                tokens[ticket] = int(np.frombuffer(outcome.payload, np.int32, 1)[0])
-        return [tokens[index] for index in range(streams)]
+AIMS = {"one node": 0.95, "two nodes": 0.85, "two nodes x8": 1.5}
+"""Against the bare engine."""
+COMPARED = {
+    "one node": ("bare",),
+    "bare chain": ("bare",),
+    "two nodes": ("bare", "bare chain"),
+    "bare chain x8": ("bare x8",),
+    "two nodes x8": ("bare x8", "bare chain x8"),
+}
 
 
 class Stack:
@@ -220,6 +173,7 @@ def main() -> None:
         manifest = ensure_default_model(store)
         common = ["--memory", "2GiB"]
         with (
+            contextlib.ExitStack() as halves,
             LocalService(
                 root / "one", ["--nodes", "1", *common], store=root / "store", settings=ONE_THREAD + settings
             ) as one,
@@ -230,36 +184,42 @@ def main() -> None:
             for service, nodes in ((one, 1), (two, 2)):
                 service.wait_for(lambda status, n=nodes: len(status.nodes) == n, 60, "the devices")
                 service.wait_until_servable()
-            bare = Bare(store, manifest)
+            holders = {
+                beat.name: [span for hosted in beat.hosted for span in hosted.stage.spans()]
+                for beat in two.status().nodes
+            }
+            cut = min(span.last for spans in holders.values() for span in spans)
+            bare = Bare(store, manifest, PROMPT)
+            chain = halves.enter_context(bare_chain(store, manifest, PROMPT, cut))
             one_node = Stack(one, secrets[:runs], manifest.name)
             two_nodes = Stack(two, secrets[runs:], manifest.name)
             figures = measure(
                 {
                     "bare": lambda: bare.run(1, options.tokens),
                     "one node": lambda: one_node.run(1, options.tokens),
+                    "bare chain": lambda: chain.run(1, options.tokens),
                     "two nodes": lambda: two_nodes.run(1, options.tokens),
                     "bare x8": lambda: bare.run(STREAMS, options.tokens),
+                    "bare chain x8": lambda: chain.run(STREAMS, options.tokens),
                     "two nodes x8": lambda: two_nodes.run(STREAMS, options.tokens),
                 },
                 options.rounds,
             )
             used_ms = processor_ms(two, two_nodes.run, options.tokens)
-            holders = {
-                beat.name: [str(span) for hosted in beat.hosted for span in hosted.stage.spans()]
-                for beat in two.status().nodes
-            }
-    report(figures, holders, used_ms)
+    report(figures, {name: [str(span) for span in spans] for name, spans in holders.items()}, used_ms)
 
 
 def report(figures: dict[str, list[float]], holders: dict[str, list[str]], used_ms: dict[str, float]) -> None:
-    table = Table("contender", "tokens/s, median", "against", "ratio, median", "target")
-    ratios = {}
+    table = Table("contender", "tokens/s, median", "against the bare engine", "aim", "against the bare chain")
+    ratios: dict[str, dict[str, float]] = {}
     for name, speeds in figures.items():
-        base, target = TARGETS.get(name, ("", 0.0))
-        if base:
-            ratios[name] = statistics.median(a / b for a, b in zip(speeds, figures[base], strict=True))
-        ratio = f"{ratios[name]:.2f}" if base else ""
-        table.add_row(name, f"{statistics.median(speeds):.1f}", base, ratio, f"{target:.2f}" if base else "")
+        ratios[name] = {
+            base: statistics.median(a / b for a, b in zip(speeds, figures[base], strict=True))
+            for base in COMPARED.get(name, ())
+        }
+        cells = [f"{ratio:.2f}" for ratio in ratios[name].values()] + ["", ""]
+        aim = f"{AIMS[name]:.2f}" if name in AIMS else ""
+        table.add_row(name, f"{statistics.median(speeds):.1f}", cells[0], aim, cells[1])
     Console().print(table)
     costs = Table("eight streams through two devices", "processor time a token, ms")
     for kind, cost_ms in used_ms.items():

@@ -209,3 +209,22 @@ def test_a_device_reported_gone_is_probed_and_a_live_one_is_kept(tmp_path: Path)
         return after_rumour, conversation.chain.repairs
 
     assert with_fleet(tmp_path, test, pieces=(A, B, C, B)) == (0, 0)
+
+
+def test_the_devices_compute_the_next_token_while_text_is_written(tmp_path: Path) -> None:
+    async def test(fleet: Fleet, source: FleetTokenSource, model: Digest) -> None:
+        conversation = await source.open(model, PROMPT, 20, 1, "alice")
+        tokens = await answer(conversation, 3)
+        last = fleet.nodes[-1].engine
+
+        async def write() -> None:
+            before = last.rows_computed
+            async with asyncio.timeout(1.0):
+                while last.rows_computed == before:
+                    await asyncio.sleep(0.001)
+
+        candidates = await conversation.decode(tokens[-1], write)
+        assert len(candidates.ids) == 1
+        await conversation.close(keep=False)
+
+    with_fleet(tmp_path, test)

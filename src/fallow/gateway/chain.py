@@ -49,7 +49,7 @@ from fallow.domain.frames import (
 )
 from fallow.domain.ids import Digest, NodeId, SessionId
 from fallow.fabric.peers import Peers
-from fallow.gateway.contract import Candidates, Router
+from fallow.gateway.contract import Candidates, Meanwhile, Router
 from fallow.gateway.feeding import WINDOW_ROWS, rows_to_feed
 from fallow.gateway.flows import flows, layers_anew, left_behind, positions, stage_of
 from fallow.gateway.lost_devices import Avoided
@@ -152,14 +152,17 @@ class Chain:
         self._rewinds = with_rewind(self._rewinds, Rewind(self._epoch + 1, keep_tokens))
         await self._connect(keep=self.hops if keep_tokens else ())
 
-    async def advance(self, tokens: Sequence[int], phase: Phase) -> Candidates:
-        """Append tokens, all to be computed in one phase; the distribution after the last one.
+    async def advance(self, tokens: Sequence[int], phase: Phase, meanwhile: Meanwhile | None = None) -> Candidates:
+        """Append tokens, all to be computed in one phase; the distribution after the last one. `meanwhile` is done
+        once they are on their way. Repairs the chain as often as it must.
 
-        Repairs the chain as often as it must.
-
-        Raises `NoRoute` when no chain was found within `REPAIR_TIMEOUT_S`.
+        Raises `NoRoute` when no chain was found within `REPAIR_TIMEOUT_S`, and what `meanwhile` raises.
         """
         self.append(tokens, [phase] * len(tokens))
+        if meanwhile is not None:
+            await self._feed()
+            await asyncio.sleep(0)  # links write at the end of a pass
+            await meanwhile()
         await self.settle()
         assert self._candidates is not None, "results are complete, so the last one came with its logits"
         return self._candidates

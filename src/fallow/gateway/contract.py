@@ -4,7 +4,7 @@ The API side owns text, templates, sampling and HTTP. The session side owns rout
 reuse. What passes between them is tokens in, log-probabilities out; a failure that was repaired is invisible here.
 """
 
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Protocol
 
 import msgspec
@@ -14,6 +14,9 @@ from numpy.typing import NDArray
 from fallow.domain.fleet import Hop
 from fallow.domain.ids import Digest, NodeId, SessionId
 from fallow.domain.model import Manifest
+
+Meanwhile = Callable[[], Awaitable[None]]
+"""What is done while devices compute."""
 
 
 class Candidates(msgspec.Struct, frozen=True):
@@ -54,8 +57,9 @@ class Conversation(Protocol):
         """Push the prompt through; the distribution after its last token."""
         ...
 
-    async def decode(self, token: int) -> Candidates:
-        """Append a token; the distribution after it."""
+    async def decode(self, token: int, meanwhile: Meanwhile | None = None) -> Candidates:
+        """Append a token; the distribution after it. `meanwhile` is done while the devices compute; what it raises
+        ends the generation."""
         ...
 
     async def close(self, *, keep: bool) -> None:

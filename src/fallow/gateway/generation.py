@@ -1,14 +1,16 @@
 """One choice of one answer: conversation, sampler, detokeniser and stop strings in a loop.
 
-`generate` opens a conversation and hands every piece of text to `emit` as soon as it is certain. It closes the
-conversation in every case: kept for a follow-up turn when the first choice ended by itself, freed when anything else
-happened, the client's hanging up (a cancellation) included. It knows no HTTP and no JSON. Times go to an `Observer`.
+`generate` opens a conversation and hands every piece of text to `emit` as soon as it is certain, while the devices
+compute the next token. It closes the conversation in every case: kept for a follow-up turn when the first choice ended
+by itself, freed when anything else happened, the client's hanging up (a cancellation) included. It knows no HTTP and
+no JSON. Times go to an `Observer`.
 """
 
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Sequence
 from enum import StrEnum
+from functools import partial
 from typing import Protocol
 
 import msgspec
@@ -150,10 +152,12 @@ async def _run(
         if tally.completion_tokens >= spec.max_new_tokens:
             text, finish = text + _end(detokeniser, scanner), FinishReason.LENGTH
             break
+        meanwhile = None
         if text:
-            await emit(Chunk(spec.index, text, logprobs))
+            # Writing to the client takes as long as a device's part in a token: the devices need not wait for it.
+            meanwhile = partial(emit, Chunk(spec.index, text, logprobs))
             logprobs = []
-        candidates = await conversation.decode(choice.token)
+        candidates = await conversation.decode(choice.token, meanwhile)
         now_s = clock.monotonic_s()
         observer.next_token(now_s - last_s)
         last_s = now_s

@@ -17,7 +17,7 @@ from fallow.domain.clock import Clock
 from fallow.domain.errors import ContextExceeded, EngineError, FallowError, KvExhausted, UnknownModel
 from fallow.domain.ids import Digest
 from fallow.domain.model import Manifest
-from fallow.gateway.contract import Candidates
+from fallow.gateway.contract import Candidates, Meanwhile
 from fallow.models.manifest import manifest_digest
 
 MAX_KEPT_PREFIXES = 64
@@ -163,7 +163,9 @@ class MemoryConversation:
         await self._source.clock.sleep(fresh * self._source.prefill_s_per_token)
         return self._candidates()
 
-    async def decode(self, token: int) -> Candidates:
+    async def decode(self, token: int, meanwhile: Meanwhile | None = None) -> Candidates:
+        if meanwhile is not None:
+            await meanwhile()
         faults = self._source.faults
         if faults.after_tokens is not None and self._decoded >= faults.after_tokens:
             raise faults.error

@@ -37,7 +37,7 @@ from fallow.fabric.peers import Peers
 from fallow.gateway.accusations import Accusations
 from fallow.gateway.bus_router import BusRouter
 from fallow.gateway.chain import Chain
-from fallow.gateway.contract import Candidates
+from fallow.gateway.contract import Candidates, Meanwhile
 from fallow.gateway.lost_devices import CarefulRouter, LostDevices
 from fallow.gateway.moves import Moves
 from fallow.gateway.questions import Questions
@@ -79,10 +79,10 @@ class FleetConversation:
     async def prefill(self) -> Candidates:
         return await self.chain.advance(self._prompt[self.cached_tokens :], Phase.PREFILL)
 
-    async def decode(self, token: int) -> Candidates:
+    async def decode(self, token: int, meanwhile: Meanwhile | None = None) -> Candidates:
         self._source.tokens_decoded += 1
         self.chain = self._source.newest(self.chain)
-        return await self.chain.advance((token,), Phase.DECODE)
+        return await self.chain.advance((token,), Phase.DECODE, meanwhile)
 
     async def close(self, *, keep: bool) -> None:
         if not self._closed:
