@@ -1,6 +1,6 @@
 """The whole stack against the bare engine: what processes, links and HTTP cost, and what a second device gains.
 
-    python benchmarks/stack.py [--rounds 5] [--tokens 96]
+    python benchmarks/stack.py [--rounds 5] [--tokens 96] [--awake]
 
 Contenders, all with the default model at 8 bits and one engine thread a device:
 
@@ -20,6 +20,9 @@ seed; a ratio is the median of the rounds' ratios, and above 1 means that the st
 Decode speed is counted from the first token to the last, wall clock, so a busy machine blurs single rounds. Each API
 run has a key of its own, so that no kept cache helps. This process has the workers' environment, and reads events with
 `http.client`: the streams' client shares the cores with what is measured.
+
+With `--awake` no processor sleeps while anything is measured (`stack_yardsticks.kept_awake`): how the contenders
+compare where waking a process costs next to nothing. The results say so, and the aims are judged without it.
 
 After the rounds, eight streams once more: the processor time that each process takes for a token, prompts included.
 
@@ -44,7 +47,7 @@ from urllib.parse import urlsplit
 import psutil
 from rich.console import Console
 from rich.table import Table
-from stack_yardsticks import Bare, bare_chain
+from stack_yardsticks import Bare, bare_chain, kept_awake
 
 from fallow.engine.client import worker_environment
 from fallow.engine.sandbox import HUGE_PAGES
@@ -158,6 +161,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=96)
+    parser.add_argument("--awake", action="store_true", help="keep the processors from sleeping")
     options = parser.parse_args()
     if HUGE_PAGES not in os.environ.get("GLIBC_TUNABLES", ""):
         os.execve(sys.executable, [sys.executable, *sys.argv], worker_environment())  # read when a process starts
@@ -173,7 +177,7 @@ def main() -> None:
         manifest = ensure_default_model(store)
         common = ["--memory", "2GiB"]
         with (
-            contextlib.ExitStack() as halves,
+            contextlib.ExitStack() as running,
             LocalService(
                 root / "one", ["--nodes", "1", *common], store=root / "store", settings=ONE_THREAD + settings
             ) as one,
@@ -190,9 +194,11 @@ def main() -> None:
             }
             cut = min(span.last for spans in holders.values() for span in spans)
             bare = Bare(store, manifest, PROMPT)
-            chain = halves.enter_context(bare_chain(store, manifest, PROMPT, cut))
+            chain = running.enter_context(bare_chain(store, manifest, PROMPT, cut))
             one_node = Stack(one, secrets[:runs], manifest.name)
             two_nodes = Stack(two, secrets[runs:], manifest.name)
+            if options.awake:
+                running.enter_context(kept_awake())
             figures = measure(
                 {
                     "bare": lambda: bare.run(1, options.tokens),
@@ -206,10 +212,12 @@ def main() -> None:
                 options.rounds,
             )
             used_ms = processor_ms(two, two_nodes.run, options.tokens)
-    report(figures, {name: [str(span) for span in spans] for name, spans in holders.items()}, used_ms)
+    report(figures, {name: [str(span) for span in spans] for name, spans in holders.items()}, used_ms, options.awake)
 
 
-def report(figures: dict[str, list[float]], holders: dict[str, list[str]], used_ms: dict[str, float]) -> None:
+def report(
+    figures: dict[str, list[float]], holders: dict[str, list[str]], used_ms: dict[str, float], awake: bool
+) -> None:
     table = Table("contender", "tokens/s, median", "against the bare engine", "aim", "against the bare chain")
     ratios: dict[str, dict[str, float]] = {}
     for name, speeds in figures.items():
@@ -226,7 +234,13 @@ def report(figures: dict[str, list[float]], holders: dict[str, list[str]], used_
         costs.add_row(kind, f"{cost_ms:.2f}")
     Console().print(costs)
     RESULTS.parent.mkdir(exist_ok=True)
-    results = {"tokens_per_s": figures, "ratios": ratios, "two_nodes_hold": holders, "processor_ms": used_ms}
+    results = {
+        "tokens_per_s": figures,
+        "ratios": ratios,
+        "two_nodes_hold": holders,
+        "processor_ms": used_ms,
+        "awake": awake,
+    }
     RESULTS.write_text(json.dumps(results, indent=2))
 
 
