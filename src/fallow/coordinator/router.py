@@ -98,7 +98,7 @@ class Router:
         else:
             reply = self._drawn(request, shape, carriers, weights, now_s)
         if reply.hops:
-            if not request.rebuild_tokens:
+            if not request.rebuild_tokens and not request.keep:  # who keeps devices, and rebuilds nothing, only renews
                 self._rebuilds.note_prompt(request, reply.hops, shape, carriers, self._rules, now_s)
             self._recent.add(request, reply.hops, shape, now_s)
             self._note_visits(request.model, reply.hops, shape)

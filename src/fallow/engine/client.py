@@ -47,6 +47,8 @@ from fallow.engine.spawn import Spawned, spawn
 from fallow.engine.watch import CHECK_INTERVAL_S, Rate, Watch
 
 OUTSTANDING_BYTES_MAX = 64 << 20
+JOIN_BYTES = 64 << 10
+"""Rows of so many bytes or less are copied into the write of their pass; more go out by themselves."""
 REASON_MAX_CHARS = 400
 START_TIMEOUT_S = 60.0
 CLOSE_TIMEOUT_S = 5.0
@@ -215,7 +217,7 @@ class _Worker(asyncio.Protocol):
             raise EngineLost("the engine's worker process is gone")
         self._ticket += 1
         ticket = self._ticket
-        encoded = protocol.encode(request(ticket), payload)
+        head, rows = protocol.encode(request(ticket), payload)
         answer: asyncio.Future[protocol.Done | Stepped] = self._loop.create_future()
         if not self._waiting:
             self._watch.begin(self._loop.time())
@@ -223,15 +225,21 @@ class _Worker(asyncio.Protocol):
         self._outstanding_bytes += size
         if not self._outbox:
             self._loop.call_soon(self._flush)
-        self._outbox += encoded
+        self._outbox.append(head)
+        if size <= JOIN_BYTES:
+            self._outbox.append(rows)
+        else:
+            self._flush()
+            self._transport.write(memoryview(rows).cast("B"))
         if self._timer is None:
             self._timer = self._loop.call_later(CHECK_INTERVAL_S, self._check)
         return await answer
 
     def _flush(self) -> None:
+        """One write for what was asked. Joined: from Python 3.12 on `writelines` spins on a piece without bytes."""
         outbox, self._outbox = self._outbox, []
-        if self._transport is not None and not self.gone:
-            self._transport.writelines(outbox)
+        if outbox and self._transport is not None and not self.gone:
+            self._transport.write(b"".join(outbox))
 
     async def close(self) -> None:
         """Kill the process and wait for its end."""

@@ -11,7 +11,7 @@ Rules
 
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +43,10 @@ Outcome = tuple[int, Stepped | FallowError | None]
 class EngineCore:
     """Hosted models and their sessions. `turn` is called until there is nothing to do."""
 
-    def __init__(self, settings: EngineSettings) -> None:
+    def __init__(self, settings: EngineSettings, clock: Callable[[], float] = time.monotonic) -> None:
+        """`clock` gives seconds that never go back."""
         self.settings = settings
+        self._clock = clock
         self.budget = KvBudget(settings.kv_budget_bytes)
         self._models: dict[Digest, HostedModel] = {}
         self._sessions: dict[SessionId, Session] = {}
@@ -54,8 +56,6 @@ class EngineCore:
         self._previous = Turn.WAIT
         self._decoded_rows = 0
         self._decode_calls = 0
-        self._waits: tuple[Session, float] | None = None
-        """Whose row waits for its team, and since when."""
         self._replays = replay_works()
         self._outcomes: list[Outcome] = []
         self.guard = Guard(settings)
@@ -85,7 +85,7 @@ class EngineCore:
             weights_bytes=hosted.weights_bytes,
             kv_bytes_per_token=hosted.kv_bytes_per_token(layers),
             load_s=time.perf_counter() - started_s,
-            speed=hosted.speed(),
+            speed=hosted.speed,
         )
 
     def unload(self, model: Digest) -> None:
@@ -261,9 +261,15 @@ class EngineCore:
         arrived = [session for session in ready if not session.takes_tokens]
         chosen = {session.id for session in arrived[: self._decode_limit(arrived)]}
         if entering:
-            names, groups = _teams_of(entering)
-            chosen.update(hosted.teams.whole(names, groups) or hosted.teams.part(names, groups))
+            chosen.update(hosted.teams.choose(*self._waiting(entering)))
         return [session for session in ready if session.id in chosen]
+
+    def _waiting(self, entering: list[Session]) -> tuple[list[SessionId], int, float, float]:
+        """What `DecodeTeams` asks of sessions of one model whose tokens enter it here."""
+        oldest = entering[0]
+        patience = patience_s(oldest.hosted.speed.layer_s_1 * oldest.span.layer_count)
+        groups = min(session.groups for session in entering)
+        return [session.id for session in entering], groups, self._clock(), patience
 
     def _decode_limit(self, ready: list[Session]) -> int:
         """How many of the sessions that are ready behind the first stage, all of one model, go into one call."""
@@ -275,7 +281,7 @@ class EngineCore:
         recent = sum(s.hosted is hosted and s.decode_call > max(since, 0) for s in self._sessions.values())
         return decode_limit(max(recent, len(ready)), groups)
 
-    def gather_s(self, now_s: float) -> float:
+    def gather_s(self) -> float:
         """How long to wait for rows that belong into the next decode call and are probably on their way; 0 for not at
         all. Ask again when some have come."""
         ready = list(self._decoding.values())
@@ -283,20 +289,13 @@ class EngineCore:
             return 0.0
         if not all(session.takes_tokens for session in ready):
             return GATHER_S if len(ready) < self._decode_limit(ready) else 0.0
-        for hosted in {id(session.hosted): session.hosted for session in ready}.values():
-            if hosted.teams.whole(*_teams_of([session for session in ready if session.hosted is hosted])):
-                return 0.0
-        oldest = ready[0]
-        if self._waits is None or self._waits[0] is not oldest:
-            self._waits = oldest, now_s
-        row_s = oldest.hosted.speed().layer_s_1 * oldest.span.layer_count
-        return max(0.0, self._waits[1] + patience_s(row_s) - now_s)
+        hosts = {id(session.hosted): session.hosted for session in ready}.values()
+        entering = [(hosted.teams, [session for session in ready if session.hosted is hosted]) for hosted in hosts]
+        return min(teams.wait_s(*self._waiting(sessions)) for teams, sessions in entering)
 
     def _decode_model(self, hosted: HostedModel, sessions: list[Session]) -> None:
         started_s = time.perf_counter()
         runs = [_current(session) for session in sessions]
-        if self._waits is not None and self._waits[0] in sessions:
-            self._waits = None
         for session in sessions:
             session.decode_call = self._decode_calls
             self._decoding[session.id] = self._decoding.pop(session.id)  # whoever is not done goes to the end
@@ -328,6 +327,8 @@ class EngineCore:
         """One chunk of a prompt, or of a cache that is rebuilt."""
         session = self._sessions[self._turns.next(waiting.id for waiting in self._prefilling)]
         self._prefilling.remove(session)
+        for hosted in self._models.values():
+            hosted.teams.wait_again()
         run = _current(session)
         assert run.rows is not None
         started_s = time.perf_counter()
@@ -362,11 +363,6 @@ class EngineCore:
         self._decoding.pop(session.id, None)
         session.queue.popleft()
         self._advance(session)
-
-
-def _teams_of(sessions: list[Session]) -> tuple[list[SessionId], int]:
-    """Sessions whose tokens enter a model here, and how many teams they are to be."""
-    return [session.id for session in sessions], min(session.groups for session in sessions)
 
 
 def _current(session: Session) -> Run:

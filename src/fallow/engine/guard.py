@@ -85,19 +85,22 @@ class Guard:
 
     # --- checking -------------------------------------------------------------------------------
 
-    def wait_s(self) -> float | None:
-        """How long there is nothing to check; `None` for ever."""
-        due_s = min(self._canary_at_s, self._rehash_at_s)
+    def wait_s(self, *, busy: bool) -> float | None:
+        """How long `work` has nothing to do; `None` for ever."""
+        due_s = min(self._ask_at_s(busy=busy), self._rehash_at_s)
         return None if due_s == float("inf") else max(0.0, due_s - self._clock())
 
     def work(self, *, busy: bool) -> str | None:
         """Do one check if one is due. Why this process is not to be trusted any more, or `None`."""
         now_s = self._clock()
-        if now_s >= self._canary_at_s + (self._interval_s if busy else 0.0):
+        if now_s >= self._ask_at_s(busy=busy):
             return self._ask_next()
         if now_s >= self._rehash_at_s:
             return self._hash_next()
         return None
+
+    def _ask_at_s(self, *, busy: bool) -> float:
+        return self._canary_at_s + (self._interval_s if busy else 0.0)
 
     def check_all(self) -> str | None:
         """Every canary and every chunk, now. As `work`."""

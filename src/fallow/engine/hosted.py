@@ -78,6 +78,8 @@ class HostedModel:
         self._wasted = 0.0
         """What decode calls have cost too much since the last swap, in calls of one row over all hosted layers."""
         self._piece_speed: dict[Span, tuple[float, ...]] = {}
+        self.speed = Speed(layer_s_1=0.0, layer_s_4=0.0, layer_s_8=0.0)
+        """Seconds a layer for calls of 1, 4 and 8 decode rows, over all pieces. The head is not counted."""
 
     # --- what is hosted -------------------------------------------------------------------------
 
@@ -114,6 +116,9 @@ class HostedModel:
         hosted = set(self.stage_pieces)
         self._layers = sum(span.layer_count for span in hosted)
         self._piece_speed = {span: times for span, times in self._piece_speed.items() if span in hosted}
+        layers = self._layers or 1
+        one, four, eight = (sum(times[i] for times in self._piece_speed.values()) / layers for i in range(3))
+        self.speed = Speed(layer_s_1=one, layer_s_4=four, layer_s_8=eight)
 
     def pieces_of(self, span: Span) -> tuple[Piece, ...]:
         """The hosted pieces that make up `span`; empty when they do not."""
@@ -121,12 +126,6 @@ class HostedModel:
         contiguous = all(one.span.last == other.span.first for one, other in pairwise(chosen))
         fits = chosen and contiguous and chosen[0].span.first == span.first and chosen[-1].span.last == span.last
         return chosen if fits else ()
-
-    def speed(self) -> Speed:
-        """Seconds a layer for calls of 1, 4 and 8 decode rows, over all pieces. The head is not counted."""
-        layers = sum(span.layer_count for span in self._piece_speed) or 1
-        one, four, eight = (sum(times[i] for times in self._piece_speed.values()) / layers for i in range(3))
-        return Speed(layer_s_1=one, layer_s_4=four, layer_s_8=eight)
 
     def _build(self, span: Span, files: Files) -> Piece:
         piece = Piece(self._shape, span, piece_weights(files, self.manifest, span, self.max_len), self._workspace)
@@ -180,7 +179,7 @@ class HostedModel:
                     self._wasted += waste(slots, windows) * piece.span.layer_count / self._layers
                 for window in windows:
                     self._decode_window(piece, window, slots)
-        return [self._leaving(row) for row in rows]
+        return self._leaving(rows)
 
     def compact(self, slots: Sequence[int]) -> Swap | None:
         """Move one of the sessions in `slots`, which decode together, next to the others, if that pays by now.
@@ -215,10 +214,14 @@ class HostedModel:
             for slot in inside:
                 target[slot] = piece.output[slot - first]
 
-    def _leaving(self, row: DecodeRow) -> Array | None:
-        source = self._final if row.span.last == self.config.layer_count else self._rows
-        leaving: Array = source[row.slot].copy()
-        return leaving if finite_rows(leaving[None]) else None
+    def _leaving(self, rows: Sequence[DecodeRow]) -> list[Array | None]:
+        final = [row.span.last == self.config.layer_count for row in rows]
+        if len(set(final)) == 1:  # mostly they leave together, and are looked at together
+            leaving = (self._final if final[0] else self._rows)[[row.slot for row in rows]]
+            if finite_rows(leaving):
+                return list(leaving)
+        taken = [(self._final if last else self._rows)[row.slot].copy() for row, last in zip(rows, final, strict=True)]
+        return [row if finite_rows(row) else None for row in taken]
 
     def prefill(self, slot: int, span: Span, x: Array) -> Array | None:
         """Rows `[N, H]` of one session from its slot's length on; a lone row is computed like one among others.
@@ -285,7 +288,7 @@ def check_pieces(stage: StageSpec, layer_count: int) -> None:
 
 
 def finite_rows(rows: Array) -> bool:
-    """Whether every value of `[N, H]` is a number."""
+    """Whether every value is a number."""
     if rows.dtype == np.float16:  # numpy has no fast path for float16: look at the exponents
         return int((rows.view(np.uint16) & 0x7C00).max()) != 0x7C00
     return bool(np.isfinite(rows).all())

@@ -73,7 +73,10 @@ class Rewind:
 class Session:
     """A session in the engine: its slot, its reservation, and the steps and rewinds that wait."""
 
-    __slots__ = ("decode_call", "hosted", "id", "model", "queue", "reserved_tokens", "slot", "span")
+    __slots__ = (
+        "decode_call", "groups", "has_head", "hosted", "id", "model", "queue", "reserved_tokens", "slot", "span",
+        "takes_tokens",
+    )  # fmt: skip
 
     def __init__(self, name: SessionId, model: Digest, hosted: HostedModel, span: Span, slot: int) -> None:
         self.id = name
@@ -81,6 +84,10 @@ class Session:
         self.hosted = hosted
         self.span = span
         self.slot = slot
+        layer_count = hosted.config.layer_count
+        self.takes_tokens = span.first == 0
+        self.has_head = span.last == layer_count
+        self.groups = decode_groups(span.layer_count / layer_count)
         self.reserved_tokens = 0
         self.decode_call = 0
         """The last decode call of the engine that it was part of."""
@@ -93,15 +100,3 @@ class Session:
     @position.setter
     def position(self, position: int) -> None:
         self.hosted.lengths[self.slot] = position
-
-    @property
-    def groups(self) -> int:
-        return decode_groups(self.span.layer_count / self.hosted.config.layer_count)
-
-    @property
-    def takes_tokens(self) -> bool:
-        return self.span.first == 0
-
-    @property
-    def has_head(self) -> bool:
-        return self.span.last == self.hosted.config.layer_count

@@ -5,7 +5,8 @@ Rules
   request waits for at most one call.
 - It runs at low priority and ends with its agent: on end of file, and on Linux also by parent-death signal. Ctrl-C is
   for the agent, which then closes the pair.
-- Between turns it checks itself (`guard.py`). When a check fails it says so, sends nothing else, and ends.
+- Between turns it checks itself (`guard.py`), once what was computed is sent: a check takes as long as a call. When one
+  fails it says so, sends nothing else, and ends.
 - It opens no file but those that a load names and speaks to nobody but its agent. An error in one request is that
   request's answer; a frame that cannot be parsed ends the process, since nothing after it could be trusted.
 """
@@ -62,33 +63,41 @@ class _Worker:
         """Until the agent closes its end."""
         self._post(protocol.Ready(self._core.budget.free_bytes))
         gc.freeze()
-        while self._flush() and self._receive():
+        while self._flush() and self._check() and self._receive():
             if self._core.has_work:
                 self._core.turn()
                 self._computed_at_s = time.monotonic()
                 self._post_outcomes()
                 if not self._outbox:
                     self._post(protocol.Beat())
-            if not self._check():
-                return
 
     def _check(self) -> bool:
         """Do what is due of the engine's own checks. `False` when they say that nothing here can be believed."""
-        busy = self._core.has_work or time.monotonic() - self._computed_at_s < CALM_S
-        reason = self._core.guard.work(busy=busy)
+        reason = self._core.guard.work(busy=self._core.has_work or self._calm_in_s() > 0)
         if reason is None:
             return True
-        self._outbox = []  # also not what was computed just now
         self._post(protocol.Broken(reason))
         self._flush()
         return False
+
+    def _calm_in_s(self) -> float:
+        """How long somebody may yet be in the middle of an answer."""
+        return max(0.0, self._computed_at_s + CALM_S - time.monotonic())
+
+    def _rest_s(self) -> float | None:
+        """How long there is nothing to do for a worker that is asked nothing; `None` for ever."""
+        calm_in_s = self._calm_in_s()
+        due_s = self._core.guard.wait_s(busy=calm_in_s > 0)
+        if not calm_in_s:
+            return due_s
+        return calm_in_s if due_s is None else min(calm_in_s, due_s)
 
     def _receive(self) -> bool:
         """Take what has arrived; wait for something only when there is nothing to compute. `False` at the end."""
         try:
             while True:
                 waiting = self._core.has_work or bool(self._outbox)
-                if not waiting and not select.select([self._agent], [], [], self._core.guard.wait_s())[0]:
+                if not waiting and not select.select([self._agent], [], [], self._rest_s())[0]:
                     return True
                 flags = socket.MSG_DONTWAIT if waiting else 0
                 received = self._agent.recv(RECEIVE_BYTES, flags)
@@ -104,8 +113,12 @@ class _Worker:
     def _gather(self) -> bool:
         """Wait a moment for rows that belong into the next call: a second call costs far more. As `_receive`."""
         for _ in range(GATHER_WAITS_MAX):
-            wait_s = self._core.gather_s(time.monotonic())
-            if not wait_s or not select.select([self._agent], [], [], wait_s)[0]:
+            wait_s = self._core.gather_s()
+            if not wait_s:
+                return True
+            if not self._flush():  # who was answered is not to wait for others' rows
+                return False
+            if not select.select([self._agent], [], [], wait_s)[0]:
                 return True
             try:
                 received = self._agent.recv(RECEIVE_BYTES)

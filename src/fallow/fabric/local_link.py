@@ -11,7 +11,8 @@ Rules
   another's id by mistake or malice. On Linux the kernel is asked for the peer's user as well.
 - The endpoint's address is `unix:` and the socket's path. Sockets that an earlier run left behind are removed.
 - Frames that are sent in one pass of the event loop go out in one write: what was computed together arrives together,
-  and wakes its receiver once.
+  and wakes its receiver once. They are joined here: from Python 3.12 on, `writelines` never gets rid of an empty piece
+  (the loop spins, `close` never ends), and in some releases it does not say that the window is full.
 - Not on Windows, which has no such sockets in asyncio: `supported()` says so.
 """
 
@@ -42,7 +43,8 @@ MAX_HANDSHAKES: Final = 64
 READ_BYTES: Final = 64 * 1024
 MAX_SOCKET_PATH_BYTES: Final = 100
 JOIN_BYTES: Final = 64 * 1024
-"""So much waits for the end of a pass, to be joined; more is written at once."""
+"""So much waits for the end of a pass, to be joined; more is written at once, and a payload that is larger by itself,
+without a copy."""
 
 log = logging.getLogger(__name__)
 
@@ -250,8 +252,15 @@ class LocalLink(LinkCore, asyncio.BufferedProtocol):
     def _write(self, head: bytes, payload: Buffer) -> None:
         if not self._joining:
             self._loop.call_soon(self._write_joined)
-        self._joining += (head, payload)
-        self._joining_bytes += len(head) + len(payload)
+        self._joining.append(head)
+        self._joining_bytes += len(head)
+        if len(payload) > JOIN_BYTES:
+            self._write_joined()
+            if not self._transport.is_closing():
+                self._transport.write(memoryview(payload).cast("B"))
+            return
+        self._joining.append(payload)
+        self._joining_bytes += len(payload)
         if self._joining_bytes > JOIN_BYTES:
             self._write_joined()
 
@@ -259,7 +268,7 @@ class LocalLink(LinkCore, asyncio.BufferedProtocol):
         """Hand what waits to the transport. Idempotent."""
         joining, self._joining, self._joining_bytes = self._joining, [], 0
         if joining and not self._transport.is_closing():
-            self._transport.writelines(joining)
+            self._transport.write(b"".join(joining))
             self._room()
 
     def _unsent_bytes(self) -> int:

@@ -186,7 +186,8 @@ class MemoryBus:
         if not self._hub.deliver(Message(subject, bytes(message), self, reply)):
             raise BusUnavailable(f"nobody answers {subject} at present")
         try:
-            return await asyncio.wait_for(reply, timeout_s)
+            async with asyncio.timeout(timeout_s):  # `wait_for` loses a cancellation that comes with the answer
+                return await reply
         except TimeoutError:
             raise BusTimeout(f"no answer on {subject} within {timeout_s} s") from None
 

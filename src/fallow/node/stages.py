@@ -7,6 +7,7 @@ Rules
   and nothing is once it ran out, or while this device may not work (`Lease`).
 - Positions make rows idempotent and epochs fence them, as `domain/frames.py` says.
 - Every queue is bounded: what waits for a session in `stage_session.py`, logs in `stage_pump.py`.
+- A device that leaves keeps what it holds until that has moved, and refuses every other session.
 - Nothing is held for ever: a session whose gateway stays away, or that nobody uses, goes by itself, and its gateway is
   told. It can always be opened again, from position 0.
 
@@ -17,6 +18,7 @@ talk to the bus.
 import asyncio
 import logging
 from collections.abc import Collection, Coroutine
+from typing import Final
 
 from fallow.domain.charter import Standing
 from fallow.domain.clock import Clock
@@ -41,6 +43,8 @@ from fallow.node.stage_pump import StagePump
 from fallow.node.stage_session import Expiry, Held, RowBudget, Session, Waiting
 from fallow.trust.contract import GrantBook, Lease
 
+LEAVING: Final = "leaving"
+"""The code of a device that takes no new sessions and asks for its own to be moved."""
 SWEEP_S = 1.0
 """How often sessions are looked over for those that are to go by themselves."""
 
@@ -67,6 +71,7 @@ class StageRelay:
         self._allowances = Allowances(grants, lease, peers, clock)
         self._pump = StagePump(self, engine, peers, clock, self._allowances, log_budget_bytes, checks or RowChecks())
         self._sessions: dict[SessionId, Session] = {}
+        self._leaving = False
         self._rows_budget = RowBudget()
         self._sweeper: asyncio.Task[None] | None = None
         self._ending: set[asyncio.Task[None]] = set()
@@ -113,13 +118,17 @@ class StageRelay:
             return
         if session is not None and opening.epoch < session.epoch:
             return
+        same = session is not None and (session.model, session.span) == (opening.model, opening.span)
+        if self._leaving and not same:
+            self.refuse(peer, opening, LEAVING, "This device is leaving.")
+            return
         try:
             held = None if session is None else session.allowance
             allowance = self._allowances.open(peer, opening, held)
         except (GrantRefused, NotWorking) as error:
             self.refuse(peer, opening, code_of(error), error.message)
             return
-        if session is not None and (session.model, session.span) == (opening.model, opening.span):
+        if session is not None and same:
             self._open_again(session, opening, allowance)
             return
         if session is not None:
@@ -226,9 +235,10 @@ class StageRelay:
             self.end(session)
 
     def drain(self) -> None:
-        """Ask every gateway to move its sessions elsewhere; their caches stay until it has."""
+        """Ask every gateway to move its sessions elsewhere; their caches stay until it has. No new ones come."""
+        self._leaving = True
         for session in list(self._sessions.values()):
-            self.fault(session, "leaving", "This device is leaving.", suspect=None)
+            self.fault(session, LEAVING, "This device is leaving.", suspect=None)
 
     async def close(self) -> None:
         for session in list(self._sessions.values()):

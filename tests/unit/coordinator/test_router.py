@@ -127,3 +127,18 @@ def test_the_exact_search_is_bounded_by_what_it_notes_too(monkeypatch: pytest.Mo
     reply = routing.route(request(), shape, list(carriers.values()), rules)
     assert [layer for hop in reply.hops for layer in range(hop.span.first, hop.span.last)] == list(range(layers))
     assert noted <= 2 * rules.pushes_max, "without the bound more than ten times as many"
+
+
+def test_a_renewal_brings_nobody_a_prompt() -> None:
+    carriers = {node_id(index): carrier(index, 0, 6) for index in range(3)}
+    made = router(carriers)
+    [hop] = made.route(request(0), SHAPE, carriers, 0.0).hops
+
+    def waits() -> dict[NodeId, float]:
+        return {each.node: each.rebuild_wait_s for each in made._rebuilds.loaded(carriers.values(), {}, 0.0)}
+
+    promised = waits()
+    assert promised[hop.address.node] > 0.0
+    renewed = made.route(msgspec.structs.replace(request(0), keep=(hop,)), SHAPE, carriers, 0.0)
+    assert renewed.hops == (hop,)
+    assert waits() == promised

@@ -1,6 +1,7 @@
 """Models and drivers for the engine's tests: family fixtures imported once, and steps with less writing."""
 
 import tempfile
+import time
 from functools import cache, lru_cache
 from pathlib import Path
 
@@ -37,9 +38,9 @@ class Model:
     def files(self, stage):
         return {ref.digest: self._store.blob_path(ref.digest) for ref in layer_files(self.manifest, stage)}
 
-    def hosted(self, *pieces, settings=SMALL):
+    def hosted(self, *pieces, settings=SMALL, clock=time.monotonic):
         """An engine core that hosts these pieces; the whole model in one when none are named."""
-        core = EngineCore(settings)
+        core = EngineCore(settings, clock)
         stage = self.stage(*pieces)
         core.load(stage, self.manifest, self.files(stage))
         return core

@@ -133,23 +133,25 @@ def test_checks_come_in_turns_wait_while_busy_and_rest_after_a_pass():
         model, Span(0, middle), Span(middle, model.layer_count), time=time, canary_interval_s=30.0, rehash_share=0.0
     )
     guard = core.guard
-    assert guard.wait_s() == pytest.approx(10.0), "two pieces and a head"
+    assert guard.wait_s(busy=False) == pytest.approx(10.0), "two pieces and a head"
     for expected in (1, 2, 3):
         time.now_s += 10.0
         assert guard.work(busy=False) is None
         assert guard.canaries_done == expected
     time.now_s += 39.0
     assert guard.work(busy=True) is None and guard.canaries_done == 3, "an answer is under way"
+    assert guard.wait_s(busy=False) == 0.0
+    assert guard.wait_s(busy=True) == pytest.approx(1.0), "who sleeps until then does not ask again and again"
     time.now_s += 2.0
     assert guard.work(busy=True) is None and guard.canaries_done == 4, "but not for ever"
 
     hashing = hosted(model, time=time, canary_interval_s=0.0, rehash_share=0.5).guard
     steps = 0
-    while (wait_s := hashing.wait_s()) is not None and wait_s < SMALL.rehash_rest_s / 2:
+    while (wait_s := hashing.wait_s(busy=True)) is not None and wait_s < SMALL.rehash_rest_s / 2:
         time.now_s += wait_s + 0.001
         assert hashing.work(busy=True) is None
         steps += 1
         assert steps < 1000
     assert hashing.chunks_done >= model.layer_count
     core.unload(model.digest)
-    assert guard.wait_s() is None
+    assert guard.wait_s(busy=False) is None

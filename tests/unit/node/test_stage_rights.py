@@ -8,9 +8,9 @@ import msgspec
 from fallow.domain.charter import Standing
 from fallow.domain.credentials import Role
 from fallow.domain.fleet import DropStage, Heartbeat
-from fallow.domain.frames import CloseSession, RenewGrant, Result, StageState
+from fallow.domain.frames import CloseSession, Refused, RenewGrant, Result, StageState
 from fallow.domain.grants import GRANT_LIFE_S, RECOMPUTED_MAX
-from fallow.domain.ids import Digest, NodeId
+from fallow.domain.ids import Digest, NodeId, SessionId
 from fallow.simulator.virtual_time import run_virtual
 from fallow.trust.grants import SealedOrders
 from tests.unit.node.rights_world import BUDGET, SESSION, SUBJECTS, World, codes, flow, rows, run
@@ -182,5 +182,23 @@ def test_the_passport_is_told_at_first_when_asked_and_when_it_changes(tmp_path: 
         told.clear()
         await asyncio.sleep(40)
         assert 1 <= sum(map(bool, told)) <= 3, "and now and then, in case that one was lost"
+
+    run(tmp_path, script)
+
+
+def test_a_device_that_leaves_keeps_what_it_holds_and_refuses_everything_else(tmp_path: Path) -> None:
+    async def script(world: World) -> None:
+        gateway = await world.party()
+        other = SessionId("0123456789abcdef" * 2)
+        await gateway.say(world.opening(world.grant()), flow())
+        world.agent.relay.drain()
+        assert codes(await gateway.say(rows(0, 1))) == ["leaving"]
+        refused = await gateway.say(msgspec.structs.replace(world.opening(world.grant()), session=other))
+        assert [type(header) for header in refused] == [Refused] and codes(refused) == ["leaving"]
+        (state,) = await gateway.say(world.opening(world.grant(), 2))
+        assert isinstance(state, StageState) and state.position == 1, "a repair of what it holds goes on"
+        await gateway.say(CloseSession(session=SESSION))
+        assert codes(await gateway.say(world.opening(world.grant(), 3))) == ["leaving"]
+        assert world.agent.relay.session_count == 0
 
     run(tmp_path, script)

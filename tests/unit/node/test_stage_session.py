@@ -3,12 +3,13 @@
 import math
 
 import pytest
+from fallow.gateway.kept import KEPT_CHAIN_AGE_S
 
 from fallow.domain.frames import Flow, OpenStage, PeerAddress, Phase, Rows
 from fallow.domain.ids import Digest, NodeId, SessionId
 from fallow.domain.model import Span
-from fallow.gateway.chain import OPEN_TIMEOUT_S, STALL_TIMEOUT_S
-from fallow.gateway.sessions import KEPT_CHAIN_AGE_S
+from fallow.gateway.opening import OPEN_TIMEOUT_S
+from fallow.gateway.progress import STALL_TIMEOUT_S
 from fallow.node import stage_session as bounds
 from fallow.node.allowance import Allowance
 from fallow.node.stage_session import Expiry, Held, RowBudget, Session, Waiting
