@@ -19,6 +19,7 @@ from typing import Final
 
 import msgspec
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from fallow.domain.errors import BusTimeout, BusUnavailable, FallowError
@@ -75,7 +76,7 @@ def main() -> None:
     try:
         _run(folder)
     except FallowError as error:
-        console.print(f"\n[bold red]The demo failed.[/] {error.message}", markup=True)
+        console.print(f"\n[bold red]The demo failed.[/] {escape(error.message)}")
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)

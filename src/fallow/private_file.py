@@ -7,6 +7,7 @@ import os
 import tempfile
 from enum import Enum
 from pathlib import Path
+from typing import NamedTuple
 
 
 class Sync(Enum):
@@ -18,8 +19,19 @@ class Sync(Enum):
     """Its name, too: a crash leaves the new file."""
 
 
-def write_durably(path: Path, data: bytes, sync: Sync = Sync.NAME) -> None:
-    """Replace a file so that a crash leaves the old or the new one, and after this returns the new one."""
+class Owner(NamedTuple):
+    """Whose a file is, by number. Only root can give files away."""
+
+    user: int
+    group: int
+
+
+def write_durably(path: Path, data: bytes, sync: Sync = Sync.NAME, owner: Owner | None = None) -> None:
+    """Replace a file so that a crash leaves the old or the new one, and after this returns the new one.
+
+    `owner`: whose the new file is; `None`: ours. It is given away by its handle, before it has its name: in a folder of
+    somebody else's, a name may lead to another file by then.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=".new-")
     temporary = Path(name)
@@ -27,6 +39,8 @@ def write_durably(path: Path, data: bytes, sync: Sync = Sync.NAME) -> None:
         with os.fdopen(handle, "wb") as file:
             file.write(data)
             file.flush()
+            if owner is not None:
+                os.fchown(file.fileno(), *owner)
             os.fsync(file.fileno())
         temporary.replace(path)
     except BaseException:

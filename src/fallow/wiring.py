@@ -114,7 +114,7 @@ def presence_watcher(config: Config) -> PresenceWatcher | None:
 def presence_of(config: Config, member: Membership) -> PresenceWatcher | None:
     """The same in a network, for members who may know: coordinators."""
     from fallow.fabric.disconnects import NatsPresence
-    from fallow.trust.membership import SystemCredentials
+    from fallow.trust.membership_views import SystemCredentials
 
     if member.system_passport is None:
         return None
@@ -169,7 +169,7 @@ async def open_links(config: Config, who: Identity, chosen: str | None, bus: Bus
 def split_address(text: str) -> tuple[str, int]:
     """`ip:port` as its parts. Raises `ConfigError`."""
     host, colon, port = text.rpartition(":")
-    if not colon or not host or not port.isdigit() or int(port) > PORT_MAX:
+    if not colon or not host or not (port.isascii() and port.isdigit()) or int(port) > PORT_MAX:
         raise ConfigError(f"expected an address for links such as 0.0.0.0:7000, got {text!r}.")
     return host.strip("[]"), int(port)
 

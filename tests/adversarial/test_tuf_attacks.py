@@ -27,9 +27,10 @@ from fallow.trust.council.ceremonies import publication_of, sign
 from fallow.trust.council.client import CharterClient
 from fallow.trust.council.fetch import FolderFetcher
 from fallow.trust.council.figures import FIGURES_FIELD
-from fallow.trust.council.files import Pin, check_pin, read_base
+from fallow.trust.council.files import read_base
 from fallow.trust.council.halts import HaltBook, halt_text, seal_halt
 from fallow.trust.council.lists import delisting, listing
+from fallow.trust.council.pins import Pin, check_pin
 from fallow.trust.council.proposals import PROPOSAL_MAX_BYTES, Proposal, first_root_payload, review
 from fallow.trust.council.publication import Publication, verify
 from fallow.trust.council.repository import Repository

@@ -37,7 +37,8 @@ from fallow.trust.council.fetch import FolderFetcher
 from fallow.trust.council.files import CouncilPaths, member_of, read_base, signing_keys
 from fallow.trust.council.halts import read_halt, seal_halt
 from fallow.trust.keys import load_or_create
-from fallow.trust.membership import Membership, SystemCredentials, enrolment_of
+from fallow.trust.membership import Membership, enrolment_of
+from fallow.trust.membership_views import SystemCredentials
 from fallow.trust.passports import Held, PassportReader
 from fallow.trust.registrar.consent import sign_consent
 from fallow.trust.registrar.database import open_database

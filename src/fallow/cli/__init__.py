@@ -31,5 +31,8 @@ def main() -> None:
 
 
 def _fail(message: str) -> None:
-    sys.stderr.write(f"fallow: {message}\n")
+    from fallow.cli.plain import one_line
+
+    # It may hold what a stranger said: a break in it would begin a line that looks like ours.
+    sys.stderr.write(f"fallow: {one_line(' '.join(message.splitlines()))}\n")
     sys.exit(EXIT_FAILED)

@@ -3,14 +3,18 @@
 import datetime
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
 import typer
 from rich.table import Table
 
-from fallow.cli.options import ConfigFile, StateDir, console, notes, say
+from fallow.cli.options import ConfigFile, StateDir, console, notes, say, write_out
+from fallow.cli.plain import one_line, visible
 from fallow.domain.errors import ConfigError, JournalBroken
+
+if TYPE_CHECKING:
+    from fallow.trust.registrar.journal import Head
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -19,7 +23,7 @@ app = typer.Typer(
 
 Heads = Annotated[
     list[str] | None,
-    typer.Option("--head", help="A head that was noted earlier, as SEQ:HASH or a file of it.", metavar="HEAD"),
+    typer.Option("--head", help="A head that was noted earlier, as SEQ:HASH, or a file of some.", metavar="HEAD"),
 ]
 
 
@@ -28,7 +32,7 @@ def verify(head: Heads = None, state_dir: StateDir = None, config: ConfigFile = 
     """Check that no entry was changed, removed, added or moved.
 
     Whoever holds the registrar's database could cut the journal's end, or write all of it anew. That shows only against
-    a head noted elsewhere: members keep the newest they were told (`journal-head` beside their passport); those on this
+    a head noted elsewhere: members keep some that they were told (`journal-head` beside their passport); those on this
     machine are used, and more are given with --head. Note the head that is printed where nobody else can change it.
 
     Examples:
@@ -40,8 +44,7 @@ def verify(head: Heads = None, state_dir: StateDir = None, config: ConfigFile = 
     from fallow.trust.registrar import journal
 
     place = place_of(state_dir, config)
-    kept = noted_heads(place.config)
-    noted = (*kept.values(), *(_head(text) for text in head or ()))
+    noted = (*noted_heads(place.config), *_given(head))
     now = journal.verify(iter(place.entries()), noted)
     say(f"The journal holds: {now.seq} entries, head {now}")
     if noted:
@@ -81,7 +84,7 @@ def export(
     entries = place.entries()
     broken: JournalBroken | None = None
     try:
-        journal.verify(iter(entries), (*noted_heads(place.config).values(), *(_head(text) for text in head or ())))
+        journal.verify(iter(entries), (*noted_heads(place.config), *_given(head)))
     except JournalBroken as error:
         broken = error
     first: dict[str, Any] = {
@@ -93,11 +96,11 @@ def export(
         "since_unix_ms": since_ms,
     }
     lines = [msgspec.json.encode(first), *(msgspec.json.encode(each) for each in entries if each.unix_ms >= since_ms)]
-    content = b"\n".join(lines) + b"\n"
+    content = visible((b"\n".join(lines) + b"\n").decode()).encode()  # it is JSON, and says the same
     if out is None:
         typer.get_binary_stream("stdout").write(content)
     else:
-        out.write_bytes(content)
+        write_out(out, content)
         notes.print(f"{len(lines) - 1} entries are in {out}.")
     if broken is not None:
         raise broken
@@ -127,17 +130,21 @@ def members(
         elif who.left_unix_s is not None:
             now = "left"
         times = (_when(who.enrolled_unix_s), _when(who.seen_unix_s))
-        table.add_row(short(who.node), who.name, who.role, who.tier.name.lower(), who.cell, *times, now)
+        row = (short(who.node), who.name, who.role, who.tier.name.lower(), who.cell, *times, now)
+        table.add_row(*map(one_line, row))
     console.print(table)
 
 
-def _head(text: str) -> Any:
+def _given(texts: list[str] | None) -> "list[Head]":
+    """The heads in `--head`: each a head, or a file of some."""
+    from fallow.cli.registrar_place import heads_in
     from fallow.trust.registrar.journal import parse_head
 
-    path = Path(text)
-    if ":" not in text and path.is_file():
-        text = path.read_text(encoding="ascii", errors="replace")[:200]
-    return parse_head(text)
+    found: list[Head] = []
+    for text in texts or ():
+        is_file = ":" not in text and Path(text).is_file()
+        found += heads_in(Path(text)) if is_file else [parse_head(text.partition(" ")[0])]
+    return found
 
 
 def _network(place: Any) -> dict[str, str]:

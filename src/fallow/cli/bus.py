@@ -43,8 +43,6 @@ def configure(
     notes.print(
         f"Start it with `nats-server -c {there / path.name}`, then Fallow with `--bus tls://HOST:PORT`. "
         "Its certificate is good for 90 days; `fallow bus renew` makes another.",
-        highlight=False,
-        markup=False,
         soft_wrap=True,
     )
     say(str(path))

@@ -7,6 +7,7 @@ import hashlib
 from pathlib import Path
 
 from fallow.cli.options import notes, say
+from fallow.cli.plain import one_line
 from fallow.domain.errors import BlobCorrupt, ModelError
 from fallow.domain.model import Manifest
 from fallow.models.check import AGREEMENT_MIN, PERPLEXITY_CHANGE_MAX, CheckReport
@@ -22,7 +23,7 @@ def check_model(store: Store, name: str, against: Path | None, text: Path | None
     _, manifest = store.by_name(name)
     with notes.status("Reading every file …"):
         check_files(store, manifest)
-    say(f"All {len(blob_refs(manifest))} files of {manifest.name} are here and unchanged.")
+    say(f"All {len(blob_refs(manifest))} files of {one_line(manifest.name)} are here and unchanged.")
     original = against or (cached_gguf() if manifest.name == DEFAULT_MODEL else None)
     if original is None:
         say("Name the file that it was imported from with --against to compare it with the original at 32 bits.")

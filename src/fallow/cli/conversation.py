@@ -8,6 +8,7 @@ from typing import Any, Final
 import httpx
 
 from fallow.cli.options import notes
+from fallow.cli.plain import one_line, visible
 from fallow.domain.errors import FabricError, FallowError
 
 CONNECT_TIMEOUT_S: Final = 5.0
@@ -55,7 +56,7 @@ def _first_model(client: httpx.Client) -> str:
 
 
 def _converse(client: httpx.Client, body: dict[str, Any], messages: list[dict[str, str]]) -> None:
-    notes.print(f"You are talking to {body['model']}. An empty line or Ctrl-D ends it.", highlight=False)
+    notes.print(f"You are talking to {one_line(body['model'])}. An empty line or Ctrl-D ends it.")
     while True:
         try:
             question = input("\n> ").strip()
@@ -66,7 +67,7 @@ def _converse(client: httpx.Client, body: dict[str, Any], messages: list[dict[st
         try:
             _exchange(client, body, messages, question)
         except ApiFailed as error:
-            notes.print(f"\n{error.message}", style="red", highlight=False, markup=False)
+            notes.print(f"\n{one_line(error.message)}", style="red")
         except KeyboardInterrupt:
             notes.print("\n(stopped)")
 
@@ -81,7 +82,7 @@ def _exchange(client: httpx.Client, body: dict[str, Any], messages: list[dict[st
         _check(reply)
         for piece in _pieces(reply):
             pieces.append(piece)
-            sys.stdout.write(piece)
+            sys.stdout.write(visible(piece.replace("\r", "")))
             sys.stdout.flush()
     sys.stdout.write("\n")
     messages[:] = [*asked, {"role": "assistant", "content": "".join(pieces)}]

@@ -12,7 +12,7 @@ import typer
 from fallow.cli.council_halt import halt, obey
 from fallow.cli.council_models import sign_model, withdraw_model
 from fallow.cli.council_seats import NetworkFile, RegistrarUrl, Yes, init, invite, join, key
-from fallow.cli.options import ConfigFile, StateDir, console, say
+from fallow.cli.options import ConfigFile, StateDir, console, say, write_out
 from fallow.domain.errors import CharterInvalid, ConfigError
 
 app = typer.Typer(no_args_is_help=True, help="Sign what a network may run, with others; and stop it, alone.")
@@ -103,7 +103,7 @@ def propose(
     if wanted is None and not renew:
         raise ConfigError("This would change nothing. `fallow council propose --help` lists what can be proposed.")
     proposed = proposal(base, wanted or Wanted(), time.time())
-    _write(out, encode_proposal(proposed))
+    write_out(out, encode_proposal(proposed))
     show_review(review(proposed))
     say(f"\nWrote {out}. Members run `fallow council sign` on it or on copies of it; then `fallow council publish`.")
 
@@ -123,15 +123,8 @@ def sign(
     from fallow.cli.council_place import confirmed, place_of
     from fallow.cli.council_words import show_review
     from fallow.trust.council.ceremonies import sign as sign_proposal
-    from fallow.trust.council.files import (
-        Pin,
-        check_pin,
-        encode_proposal,
-        pin_of,
-        read_proposal,
-        signing_keys,
-        write_pin,
-    )
+    from fallow.trust.council.files import encode_proposal, read_proposal, signing_keys
+    from fallow.trust.council.pins import Pin, check_pin, pin_of, write_pin
     from fallow.trust.council.proposals import review
 
     place = place_of(state_dir, config)
@@ -149,7 +142,7 @@ def sign(
     say(f"\nYou sign as {', '.join(key.node[:16] + '…' for key in keys)}.")
     confirmed("Sign it?", yes)
     signed, documents = sign_proposal(proposed, keys)
-    _write(file, encode_proposal(signed))
+    write_out(file, encode_proposal(signed))
     write_pin(place.paths, pin)
     say(f"Signed {', '.join(documents)} in {file}.")
     if review(signed).is_complete:
@@ -195,9 +188,3 @@ def status(
         return
     for sentence in situation.sentences():
         say(sentence)
-
-
-def _write(path: Path, data: bytes) -> None:
-    from fallow.private_file import write_durably
-
-    write_durably(path, data)

@@ -19,6 +19,7 @@ import typer
 
 from fallow.cli.council_seats import NetworkFile, RegistrarUrl, Yes
 from fallow.cli.options import ConfigFile, StateDir, notes, say, settings
+from fallow.cli.plain import one_line
 from fallow.domain.errors import (
     CharterInvalid,
     CharterUnavailable,
@@ -107,7 +108,7 @@ def obey(
             f"No device in {state} has verified its network's council yet, so that none can tell whose halt this is. "
             "(None of them works before it has.)"
         )
-    say(f"{len(whys)} of this machine's processes will obey: {''.join(each for each in whys[0] if each.isprintable())}")
+    say(f"{len(whys)} of this machine's processes will obey: {one_line(whys[0])}")
     say("One that runs stops within a quarter of a lease (two and a half minutes, usually). To stop it now, end it:")
     say("when it starts again, it is halted.")
 
@@ -158,7 +159,7 @@ def _send(place: "Place", config: "Config", envelope: bytes) -> None:
             "`fallow council obey TEXT`."
         )
     for name, why in refusals.items():
-        notes.print(f"✗ Not by {name}: {why}", markup=False, highlight=False, soft_wrap=True)
+        notes.print(f"✗ Not by {name}: {one_line(why)}", soft_wrap=True)
 
 
 async def _over_the_bus(config: "Config", envelope: bytes) -> None:
@@ -189,7 +190,7 @@ async def _over_the_bus(config: "Config", envelope: bytes) -> None:
 
 def _what_to_halt(place: "Place") -> tuple[str, int]:
     """The network, and an epoch that its policy does not exceed."""
-    from fallow.trust.council.files import pin_of
+    from fallow.trust.council.pins import pin_of
     from fallow.trust.council.proposals import verify_base
 
     pin = pin_of(place.paths)

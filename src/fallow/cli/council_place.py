@@ -8,6 +8,8 @@ Rules
 """
 
 import asyncio
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,8 @@ import msgspec
 import typer
 
 from fallow.cli.options import notes, settings
-from fallow.domain.errors import ConfigError, RegistrarUnavailable
+from fallow.cli.plain import one_line
+from fallow.domain.errors import CharterUnavailable, ConfigError, RegistrarUnavailable
 from fallow.domain.network import Network, Places
 from fallow.trust.council.fetch import FolderFetcher, HttpFetcher, RepositoryFetcher
 from fallow.trust.council.files import CouncilPaths, read_base
@@ -72,28 +75,40 @@ class Place(msgspec.Struct, frozen=True):
         """Put it in force. Raises `CharterInvalid`, `RegistrarUnavailable`, `CharterUnavailable`."""
         if self._tell(lambda client: client.post_publication(msgspec.msgpack.encode(publication))):
             return
-        self.paths.open_repository(self.network).publish(publication, now_unix_s)
+        with _named():
+            self.paths.open_repository(self.network).publish(publication, now_unix_s)
 
     def post_halt(self, envelope: bytes) -> None:
         """Bring a halt to the registrar. Raises `RegistrarUnavailable`, `SignatureInvalid`, `ConfigError`."""
         if self._tell(lambda client: client.post_halt(envelope)):
             return
-        self.paths.open_repository(self.network).add_halt(envelope)
+        with _named():
+            self.paths.open_repository(self.network).add_halt(envelope)
 
     def _tell(self, what: Any) -> bool:
         """Whether the registrar took it; `False` when it does not run, and its folder is here to be used instead."""
         if self.known is not None and self.registrar_urls:
             try:
                 asyncio.run(_with_client(self.known, self.registrar_urls, what))
-            except RegistrarUnavailable:
+            except RegistrarUnavailable as error:
                 if not self.has_repository:
                     raise
+                notes.print(f"{one_line(error.message)} Its folder is used; it tells the network when it works again.")
             else:
                 return True
-            notes.print("The registrar does not answer; its folder is used. It tells the network when it runs again.")
         elif self.registrar_urls and not self.has_repository:
             raise ConfigError("Name the network with --network FILE (its network.json).")
         return False
+
+
+@contextlib.contextmanager
+def _named() -> Iterator[None]:
+    """A disk that fails, by name: whoever halts must hear that this way did not work, and of the others."""
+    try:
+        yield
+    except OSError as error:
+        what = error.strerror or type(error).__name__
+        raise CharterUnavailable(f"the registrar's folder on this machine cannot be used: {what}") from None
 
 
 async def _with_client(known: Known, urls: tuple[str, ...], what: Any) -> None:

@@ -2,12 +2,17 @@
 
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
+import msgspec
 import typer
 
-from fallow.cli.options import ConfigFile, StateDir, notes, say
+from fallow.cli.options import ConfigFile, StateDir, notes, say, write_out
+from fallow.cli.plain import one_line
 from fallow.domain.errors import ConfigError
+
+if TYPE_CHECKING:
+    from fallow.trust.keys import Identity
 
 NetworkFile = Annotated[
     Path | None, typer.Option("--network", help="The network's network.json, when this machine did not join.")
@@ -63,7 +68,7 @@ def init(
         online=load_or_create(place.paths.online_keys / "1.key").node,
         publishers={tuf.role_of(kind, publisher_name(name)): publisher.node for kind in tuf.KINDS},
     )
-    _write(out, encode_proposal(founding(wanted, time.time())))
+    write_out(out, encode_proposal(founding(wanted, time.time())))
     say(f"Wrote {out}. Now `fallow council sign {out}` here, and on copies of it on {threshold - 1} other machines;")
     say(f"then `fallow council publish {out} COPY…` here, and `fallow up`.")
     remark = quorum_remark(len(members), threshold)
@@ -111,7 +116,8 @@ def join(
     """
 
     from fallow.cli.council_place import place_of
-    from fallow.trust.council.files import Pin, invitation_of, member_text, pin_of, write_pin
+    from fallow.trust.council.files import invitation_of, member_text
+    from fallow.trust.council.pins import Pin, pin_of, write_pin
     from fallow.trust.keys import load_or_create
 
     place = place_of(state_dir, config)
@@ -122,14 +128,14 @@ def join(
         pin = pin_of(place.paths)
         if pin is not None and pin.first_root != invitation.first_root:
             raise ConfigError("This machine's member belongs to another network: use another --state-dir.")
-        if pin is None or not pin.network:
+        if pin is None:
             write_pin(place.paths, Pin(name=name, network=network, first_root=invitation.first_root))
-        notes.print(
-            f"The network {invitation.name or '(unnamed)'}: {invitation.threshold} of {invitation.members} sign today.",
-            markup=False,
-        )
+        elif not pin.network:  # a founder's: what it has seen stays, or an older list could be shown to it again
+            write_pin(place.paths, msgspec.structs.replace(pin, name=name, network=network))
+        called = one_line(invitation.name) or "(unnamed)"
+        notes.print(f"The network {called}: {invitation.threshold} of {invitation.members} sign today.")
     own = load_or_create(place.paths.member_key)
-    notes.print(f"Your key is {place.paths.member_key}. Give this to who proposes you:", markup=False, soft_wrap=True)
+    notes.print(f"Your key is {place.paths.member_key}. Give this to who proposes you:", soft_wrap=True)
     say(member_text(own, name, network))
 
 
@@ -151,14 +157,19 @@ def key(
     if publisher:
         say(f"models=NAME:{load_or_create(paths.publisher_key).node}")
     elif new_online:
-        taken = len(list(paths.online_keys.glob("*.key")))
-        say(load_or_create(paths.online_keys / f"{taken + 1}.key").node)
+        say(_new_online_key(paths.online_keys).node)
         notes.print("Propose it: `fallow council propose --online-key KEY`. The old one counts until that is in force.")
     else:
         say(member_of(paths).node)
 
 
-def _write(path: Path, data: bytes) -> None:
-    from fallow.private_file import write_durably
+def _new_online_key(folder: Path) -> "Identity":
+    """A key that was not there before: one that is may be stolen. Raises `ConfigError`."""
+    from fallow.trust.council.repository import ONLINE_KEYS_MAX
+    from fallow.trust.keys import create
 
-    write_durably(path, data)
+    kept = list(folder.glob("*.key"))
+    if len(kept) >= ONLINE_KEYS_MAX:
+        raise ConfigError(f"{folder} has {len(kept)} keys already: delete those that the council replaced.")
+    numbers = (int(path.stem) for path in kept if path.stem.isascii() and path.stem.isdigit() and len(path.stem) < 9)
+    return create(folder / f"{max(numbers, default=0) + 1}.key")

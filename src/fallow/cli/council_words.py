@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fallow.cli.options import console, say
+from fallow.cli.plain import one_line
 from fallow.domain.charter import FleetPolicy, Halt
 from fallow.domain.ids import NodeId
 from fallow.policy.council import quorum_remark
@@ -95,9 +96,9 @@ class Situation:
         return len(frozenset[str]().union(*lists))
 
     def sentences(self) -> list[str]:
-        """For people, the most urgent first."""
+        """For people, the most urgent first; each is one line, whatever members and publishers are called."""
         policy = self.policy
-        lines = [f"HALTED by {name} on {_day(halt.issued_unix_s)}: {_plain(halt.why)}" for name, halt in self.halts]
+        lines = [f"HALTED by {name} on {_day(halt.issued_unix_s)}: {halt.why}" for name, halt in self.halts]
         if self.halts:
             lines.append("Only the council together resumes: `fallow council propose --resume`, sign, publish.")
         elif self.timestamp_expires <= self.now:
@@ -131,7 +132,7 @@ class Situation:
             lines.insert(0, f"SOON: {by}")
         else:
             lines.append(by)
-        return lines
+        return [one_line(line) for line in lines]
 
 
 def show_review(review: Review) -> None:
@@ -142,13 +143,15 @@ def show_review(review: Review) -> None:
             table.add_column(column, overflow="fold")  # a key that was cut could be another one
         for change in review.changes:
             style = "yellow" if change.before and change.after else "green" if change.after else "red"
-            table.add_row(Text(_plain(change.what)), Text(_plain(change.before)), Text(_plain(change.after), style))
+            table.add_row(
+                Text(one_line(change.what)), Text(one_line(change.before)), Text(one_line(change.after), style)
+            )
         console.print(table)
     else:
         say("It changes nothing; it only makes what is in force good for longer.")
     say("")
     for need in review.needs:
-        say(_need_sentence(need))
+        say(one_line(_need_sentence(need)))
 
 
 def _need_sentence(need: Need) -> str:
@@ -162,16 +165,11 @@ def _policy_sentence(policy: FleetPolicy, models: int) -> str:
     allowed = (
         "all of them are allowed" if policy.allowed_models is None else f"{len(policy.allowed_models)} are allowed"
     )
-    oldest = "" if policy.version_min == "0" else f" Fallow must be {_plain(policy.version_min)} or newer."
+    oldest = "" if policy.version_min == "0" else f" Fallow must be {policy.version_min} or newer."
     return (
         f"Policy of epoch {policy.epoch}: {signed}, and {allowed}; a lease lasts {policy.lease_s:g} s; devices of tier "
         f"{policy.tier_min.name.lower()} or higher.{oldest}"
     )
-
-
-def _plain(text: str) -> str:
-    """A stranger's text on one line, without what moves a terminal's cursor."""
-    return "".join(each if each.isprintable() else "�" for each in text)
 
 
 def _day(unix_s: float) -> str:

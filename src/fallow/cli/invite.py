@@ -71,7 +71,7 @@ def invite(
         made = place.ask(lambda client, who: client.invite(who, asked))
     until = datetime.datetime.fromtimestamp(made.expires_unix_s).astimezone()
     if qr:
-        notes.print(as_qr(made.text), markup=False, highlight=False, soft_wrap=True)
+        notes.print(as_qr(made.text), soft_wrap=True)
     purpose = "To lend a device" if wanted is Role.NODE else f"To take part as {wanted}"
     notes.print(
         f"{purpose}, run there: fallow join TEXT. It works once, until {until:%Y-%m-%d %H:%M:%S %Z}, or "

@@ -45,6 +45,6 @@ def create(
     }
     lines += [f"{name} = {limit}" for name, limit in limits.items() if limit is not None]
     notes.print("This is the key. It is not kept anywhere, so copy it now:")
-    console.print(secret, highlight=False, soft_wrap=True)
+    console.print(secret, soft_wrap=True)
     notes.print("\nAdd this to fallow.toml and start the gateway again:\n")
-    notes.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
+    notes.print("\n".join(lines), soft_wrap=True)

@@ -8,6 +8,7 @@ import typer
 from rich.table import Table
 
 from fallow.cli.options import ConfigFile, StateDir, console, notes, say, settings
+from fallow.cli.plain import one_line
 from fallow.domain.errors import ModelError
 from fallow.domain.ids import Digest
 from fallow.domain.model import Manifest, Quantisation
@@ -61,15 +62,15 @@ def add(
     report = import_model(path, store, quantisation, ModelName(name) if name else None, import_progress())
     manifest = report.manifest
     say(
-        f"Added {manifest.name}: {manifest.config.layer_count} layers, {_size(_total_bytes(manifest))} "
+        f"Added {one_line(manifest.name)}: {manifest.config.layer_count} layers, {_size(_total_bytes(manifest))} "
         f"at {manifest.quantisation}."
     )
     inexact = {kind: loss for kind, loss in report.loss.items() if loss > 0}
     if inexact:
         kind = max(inexact, key=lambda each: inexact[each])
-        say(f"Matrices were quantised anew; the relative error is at most {inexact[kind]:.2%} ({kind}).")
+        say(f"Matrices were quantised anew; the relative error is at most {inexact[kind]:.2%} ({one_line(kind)}).")
     for note in report.notes:
-        say(f"Note: {note}")
+        say(f"Note: {one_line(note)}")
     _publish(settings(config, {"state_dir": state_dir}).config.state_dir, store, report.digest)
 
 
@@ -92,7 +93,8 @@ def list_models(
     )
     for _, manifest in models:
         row = (manifest.name, manifest.config.family, str(manifest.config.layer_count), manifest.quantisation)
-        table.add_row(*row, _size(_total_bytes(manifest)), manifest.licence or "not stated")
+        whole = (*row, _size(_total_bytes(manifest)), manifest.licence or "not stated")
+        table.add_row(*map(one_line, whole))
     console.print(table)
 
 
@@ -111,7 +113,7 @@ def inspect(
         return
     table = Table(box=None, pad_edge=False, show_header=False)
     for key, value in facts.items():
-        table.add_row(key.replace("_", " "), str(value))
+        table.add_row(key.replace("_", " "), one_line(str(value)))
     console.print(table)
 
 
@@ -154,7 +156,7 @@ def remove(
     store = _store(state_dir, config)
     digest, _ = store.by_name(name)
     freed = store.remove(name)
-    say(f"Removed {name}; {_size(freed)} are free again.")
+    say(f"Removed {one_line(name)}; {_size(freed)} are free again.")
     if withdraw_model(settings(config, {"state_dir": state_dir}).config.state_dir, digest, time.time()):
         say("This publisher's signature was withdrawn: devices load it no more, unless another signed it.")
 

@@ -1,4 +1,8 @@
-"""Options that several commands share, and how settings are loaded for a command."""
+"""Options that several commands share, how settings are loaded for a command, and where its results go.
+
+Everything that is printed goes through `console`, `notes` or `say`, so that words from outside are only words
+(`plain.py`); what is written where a person asked, through `write_out`, so that nobody else reads it.
+"""
 
 import logging
 import logging.handlers
@@ -7,9 +11,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
+from fallow.cli.plain import PlainConsole, one_line, visible
 from fallow.config import Loaded, load
+from fallow.domain.errors import ConfigError
 
 LOG_FILE_BYTES_MAX = 10 << 20
 LOG_FILES_KEPT = 2
@@ -35,9 +40,9 @@ Insecure = Annotated[
 ]
 ParentPid = Annotated[int | None, typer.Option("--parent", hidden=True, help="Stop when this process is gone.")]
 
-console = Console()
+console = PlainConsole()
 """Where results go."""
-notes = Console(stderr=True)
+notes = PlainConsole(stderr=True)
 """Where progress and remarks go, so that results can be piped."""
 
 
@@ -56,11 +61,36 @@ def set_up_logging(verbose: bool, log_file: Path | None = None) -> None:
         )
     else:
         handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname).1s %(name)s: %(message)s"))
+    handler.setFormatter(_PlainFormatter("%(asctime)s %(levelname).1s %(name)s: %(message)s"))
     logging.basicConfig(level=logging.INFO if verbose or log_file else logging.WARNING, handlers=[handler])
     logging.getLogger("httpx").setLevel(logging.WARNING)
 
 
+class _PlainFormatter(logging.Formatter):
+    """Peers' words are in what is logged: they begin no line of their own, and act on no terminal."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        return one_line(super().formatMessage(record))
+
+    def format(self, record: logging.LogRecord) -> str:
+        return visible(super().format(record))
+
+
 def say(sentence: str) -> None:
-    """A sentence for the person who watches, exactly as it is: urls must survive copying."""
-    console.print(sentence, highlight=False, markup=False, soft_wrap=True)
+    """A sentence for the person who watches, in one piece: urls must survive copying."""
+    console.print(sentence, soft_wrap=True)
+
+
+def write_out(path: Path, data: bytes) -> None:
+    """Write a result where a person asked for it, whole, for them alone to read. Raises `ConfigError`."""
+    from fallow.private_file import write_durably
+
+    there = path.resolve()  # what a link leads to is replaced, not the link
+    if not there.parent.is_dir():
+        raise ConfigError(f"There is no folder {there.parent}: make it, or name another file than {path}.")
+    if there.exists() and not there.is_file():
+        raise ConfigError(f"{path} is no file, and cannot be replaced by one: name another.")
+    try:
+        write_durably(there, data)
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be written: {error.strerror or error}.") from None

@@ -19,14 +19,15 @@ from fallow.domain.ids import NodeId
 from fallow.processes.party import CONSOLE
 from fallow.trust import membership
 from fallow.trust.keys import Identity
+from fallow.trust.noted_heads import read_noted
 from fallow.trust.registrar.database import open_database
-from fallow.trust.registrar.journal import Entry, Head, parse_head
+from fallow.trust.registrar.journal import Entry, Head
 from fallow.trust.registrar.journal_db import read_all
 from fallow.trust.registrar.service import Registrar
 from fallow.trust.registrar.state import is_founded, open_state
 from fallow.trust.registrar_client import RegistrarClient
 
-HEADS_MAX: Final = 100
+HEAD_FILES_MAX: Final = 100
 ENTRIES_FETCHED_MAX: Final = 1_000_000
 T = TypeVar("T")
 
@@ -79,11 +80,16 @@ def place_of(state_dir: Path | None, config: Path | None) -> Here | Afar:
     )
 
 
-def noted_heads(config: Config) -> dict[Path, Head]:
-    """The journal's heads that memberships on this machine have kept, by their files. Raises `JournalBroken`."""
+def noted_heads(config: Config) -> tuple[Head, ...]:
+    """The journal's heads that memberships on this machine have kept. Raises `JournalBroken`."""
     depths = ("", "*/", "*/*/", "*/*/*/")
     found = sorted(path for depth in depths for path in config.state_dir.glob(depth + membership.HEAD_FILE))
-    return {path: parse_head(path.read_text(encoding="ascii", errors="replace")) for path in found[:HEADS_MAX]}
+    return tuple(head for path in found[:HEAD_FILES_MAX] for head in heads_in(path))
+
+
+def heads_in(file: Path) -> tuple[Head, ...]:
+    """The heads that one membership has kept, the oldest first. Raises `JournalBroken`."""
+    return tuple(Head(noted.seq, noted.hash) for noted in read_noted(file))
 
 
 def short(node: NodeId | str) -> str:

@@ -34,7 +34,7 @@ def show(
     for name, value in shown.items():
         table.add_row(name, "–" if value is None else str(value), loaded.sources[name])
     console.print(table)
-    console.print(f"\nFile: {loaded.file or 'none; ./fallow.toml would be read'}", highlight=False)
+    console.print(f"\nFile: {loaded.file or 'none; ./fallow.toml would be read'}")
 
 
 def _shown(config: Config, name: str) -> Any:

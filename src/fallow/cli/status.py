@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fallow.cli.options import ConfigFile, StateDir, console, settings
+from fallow.cli.plain import one_line
 from fallow.config import Config
 from fallow.domain.fleet import (
     CoordinatorReport,
@@ -79,7 +80,7 @@ async def _show(config: Config, as_json: bool, watch: bool) -> None:
 
     try:
         if as_json:
-            console.out(msgspec.json.encode(await ask()).decode(), highlight=False)
+            console.out(msgspec.json.encode(await ask()).decode())
         elif watch:
             with Live(console=console, auto_refresh=False, screen=True) as live:
                 while True:
@@ -92,12 +93,12 @@ async def _show(config: Config, as_json: bool, watch: bool) -> None:
 
 
 def tables(fleet: FleetStatus) -> RenderableType:
-    """What the coordinator knows, for people."""
-    names = {beat.node: beat.name for beat in fleet.nodes}
-    models = {entry.model: entry.name for entry in fleet.models}
+    """What the coordinator knows, for people. Names, urls and reasons are members' words: each is kept to its line."""
+    names = {beat.node: one_line(beat.name) for beat in fleet.nodes}
+    models = {entry.model: one_line(entry.name) for entry in fleet.models}
     parts: list[RenderableType] = [_devices(fleet, models), Text(), _models(fleet)]
     for gateway in fleet.gateways:
-        parts += [Text(), Text(f"Gateway {gateway.url or gateway.gateway[:SHORT_ID_CHARS]}", style="bold")]
+        parts += [Text(), Text(f"Gateway {one_line(gateway.url) or _short(gateway.gateway)}", style="bold")]
         parts.append(Text(f"{_count(gateway.sessions, 'answer')} running, {gateway.tokens_per_s:.1f} tokens/s"))
         parts += [Text("  " + " → ".join(_name(node, names) for node in chain)) for chain in gateway.chains]
     if fleet.coordinators:
@@ -105,25 +106,27 @@ def tables(fleet: FleetStatus) -> RenderableType:
     parts += _neighbours(fleet)
     parts += [_quarantined(each, names) for each in fleet.quarantined]
     if fleet.dropped_messages:
-        dropped = ", ".join(f"{count} {kind}" for kind, count in sorted(fleet.dropped_messages.items()))
+        dropped = ", ".join(f"{count} {one_line(kind)}" for kind, count in sorted(fleet.dropped_messages.items()))
         parts += [Text(), Text(f"Messages that were not believed: {dropped}", style="yellow")]
     return Group(*parts)
 
 
 def _quarantined(device: QuarantinedDevice, names: dict[NodeId, str]) -> Text:
-    name = f"{_name(device.node, names)} ({device.node[:SHORT_ID_CHARS]})"
-    return Text(f"In quarantine for {_duration(device.left_s)}: {name}, because {device.why}", style="yellow")
+    name = f"{_name(device.node, names)} ({_short(device.node)})"
+    return Text(f"In quarantine for {_duration(device.left_s)}: {name}, because {one_line(device.why)}", style="yellow")
 
 
 def _coordinators(coordinators: tuple[CoordinatorReport, ...]) -> Text:
     """Who leads, since when, and who would take over."""
     leader, *others = coordinators
     text = Text("Coordinator ", style="bold")
-    text.append(f"{leader.name} leads since {_duration(leader.since_s)} (epoch {leader.epoch})", style="not bold")
+    text.append(
+        f"{one_line(leader.name)} leads since {_duration(leader.since_s)} (epoch {leader.epoch})", style="not bold"
+    )
     if not leader.lease:
         text.append("; the bus has no JetStream, so no other can take over", style="not bold yellow")
     elif others:
-        names = ", ".join(other.name for other in others)
+        names = ", ".join(one_line(other.name) for other in others)
         text.append(f"; {names} {'stands' if len(others) == 1 else 'stand'} by", style="not bold")
     else:
         text.append("; none stands by", style="not bold yellow")
@@ -146,7 +149,7 @@ def _devices(fleet: FleetStatus, models: Mapping[Digest, str]) -> RenderableType
     for beat in sorted(fleet.nodes, key=lambda each: each.name):
         silent_s = fleet.silent_s.get(beat.node, 0.0)
         table.add_row(
-            Text(f"{beat.name} ({beat.node[:SHORT_ID_CHARS]})"),
+            Text(f"{one_line(beat.name)} ({_short(beat.node)})"),
             _holds(beat, models),
             _gib(beat.memory_bytes),
             _gib(beat.kv_free_bytes),
@@ -166,12 +169,12 @@ def _holds(beat: Heartbeat, models: Mapping[Digest, str]) -> Text:
 
 def _stage(hosted: HostedStage, models: Mapping[Digest, str]) -> Text:
     spans = " ".join(str(span) for span in hosted.stage.spans())
-    model = models.get(hosted.stage.model, hosted.stage.model[:SHORT_ID_CHARS])
+    model = models.get(hosted.stage.model, _short(hosted.stage.model))
     text = Text(f"{model} {spans} ")
     share = f" {hosted.progress:.0%}" if hosted.status is StageStatus.FETCHING else ""
     text.append(f"{hosted.status}{share}", style=_STATUS_STYLES[hosted.status])
     if hosted.error:
-        text.append(f": {hosted.error}", style="red")
+        text.append(f": {one_line(hosted.error)}", style="red")
     return text
 
 
@@ -180,16 +183,15 @@ def _models(fleet: FleetStatus) -> RenderableType:
         return Text("No model is served. Add one with `fallow model add default`.")
     table = Table("model", "layers", "stored as", "size", "servable", box=None, pad_edge=False, header_style="bold")
     for entry in fleet.models:
-        table.add_row(
-            entry.name, str(entry.config.layer_count), entry.quantisation, _size(entry), _servable(entry, fleet)
-        )
+        name, stored_as = Text(one_line(entry.name)), Text(one_line(entry.quantisation))
+        table.add_row(name, str(entry.config.layer_count), stored_as, _size(entry), _servable(entry, fleet))
     return table
 
 
 def _servable(entry: ModelEntry, fleet: FleetStatus) -> Text:
     if entry.servable:
         return Text("yes", style="green")
-    return Text(fleet.unplaceable.get(entry.model, "not yet"), style="yellow")
+    return Text(one_line(fleet.unplaceable.get(entry.model, "not yet")), style="yellow")
 
 
 def _neighbours(fleet: FleetStatus) -> list[RenderableType]:
@@ -201,7 +203,9 @@ def _neighbours(fleet: FleetStatus) -> list[RenderableType]:
         load = f", busiest model at {max(item.load for item in told):.0%}" if told else ""
         sent = f", {_count(each.sessions_sent, 'session')} sent there" if each.sessions_sent else ""
         devices = _count(each.digest.devices, "device")
-        lines.append(Text(f"Cell {each.digest.cell}: {devices}{away}, serves {_count(len(told), 'model')}{load}{sent}"))
+        lines.append(
+            Text(f"Cell {one_line(each.digest.cell)}: {devices}{away}, serves {_count(len(told), 'model')}{load}{sent}")
+        )
     return [Text(), *lines] if lines else []
 
 
@@ -219,4 +223,9 @@ def _count(number: int, noun: str) -> str:
 
 
 def _name(node: NodeId, names: dict[NodeId, str]) -> str:
-    return names.get(node, node[:SHORT_ID_CHARS])
+    return names.get(node, _short(node))
+
+
+def _short(key: str) -> str:
+    """The beginning of a key or digest, as it was told."""
+    return one_line(key[:SHORT_ID_CHARS])

@@ -238,6 +238,12 @@ class CharterInvalid(TrustError):
     code = "charter_invalid"
 
 
+class PublishedTooOften(CharterInvalid):
+    """A publisher's key has put lists in force faster than it may. The same publication is taken later."""
+
+    code = "published_too_often"
+
+
 class CharterUnavailable(TrustError):
     """The council's repository cannot be reached. Nothing is known to be wrong with it."""
 

@@ -11,6 +11,7 @@ Rules
   bounded, so a stolen timestamp key cannot stop a device for longer than `LEASE_MAX_S`.
 - After a start there is no lease until the repository was asked.
 
+A ledger is one network's: in another, a device begins anew.
 Versions are ordered by root first: after the council replaced a stolen online key, timestamps may count anew.
 """
 
@@ -33,6 +34,8 @@ Version = tuple[int, int]
 class Ledger(msgspec.Struct, frozen=True, kw_only=True):
     """What must outlive the process."""
 
+    network: str = ""
+    """Whose versions and times these are: the SHA-256 of its descriptor. Empty: as written before this was kept."""
     floor_unix_s: float = 0.0
     """It is not earlier than this."""
     version: Version = (0, 0)
@@ -51,6 +54,14 @@ class Tenure(msgspec.Struct, frozen=True, kw_only=True):
     """No payment reaches beyond; `None`: the repository was not asked yet."""
 
 
+def ledger_of(kept: Ledger, network: str) -> Ledger:
+    """The ledger to begin with in a network: the one that was kept, unless it is another network's. That one's versions
+    are no measure here; its own, kept while this device was in no network or came back, hold as before."""
+    if kept.network not in {"", network}:
+        return Ledger(network=network)
+    return msgspec.structs.replace(kept, network=network)
+
+
 def reference_unix_s(ledger: Ledger, wall_unix_s: float) -> float:
     """What time to take it to be."""
     return max(wall_unix_s, ledger.floor_unix_s)
@@ -66,7 +77,7 @@ def confirmed(
         span_s = min(fresh_s, lease_s)
         told_unix_s = min(expires_unix_s - lease_s, wall_unix_s + LEASE_MAX_S)
         floor_unix_s = max(ledger.floor_unix_s, told_unix_s)
-        ledger = Ledger(floor_unix_s=floor_unix_s, version=version, left_s=span_s)
+        ledger = msgspec.structs.replace(ledger, floor_unix_s=floor_unix_s, version=version, left_s=span_s)
         return Tenure(ledger=ledger, until_s=now_s, end_s=now_s + span_s)
     if version == ledger.version and tenure.end_s is None:
         left_s = min(ledger.left_s, fresh_s, lease_s)

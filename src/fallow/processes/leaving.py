@@ -9,7 +9,6 @@ Rules
 """
 
 import asyncio
-import contextlib
 import os
 import signal
 from typing import Final
@@ -30,7 +29,10 @@ POLL_S: Final = 0.1
 async def leave(config: Config, tell: Tell) -> None:
     """End the membership of this machine's device. Raises `ConfigError`, `TrustError`."""
     folder = config.device_dir
-    member = membership.load(folder, wiring.identity(folder), wiring.clock())
+    try:
+        member = membership.load(folder, wiring.identity(folder), wiring.clock())
+    except PermissionError as error:
+        raise _another_users(config, f"{folder} is another user's") from error
     try:
         await _reach(member)
         stopped = await _say_goodbye(config, tell)
@@ -38,6 +40,13 @@ async def leave(config: Config, tell: Tell) -> None:
             await _strike_off(member, stopped, tell)
     finally:
         await member.close()
+
+
+def _another_users(config: Config, what: str) -> ConfigError:
+    return ConfigError(
+        f"{what}, and nothing was changed. Leave as that user (`sudo -u USER fallow leave --state-dir "
+        f"{config.state_dir}`), or as root."
+    )
 
 
 async def _reach(member: Membership) -> None:
@@ -56,8 +65,12 @@ async def _say_goodbye(config: Config, tell: Tell) -> bool:
     if running is None:
         return False
     tell("The device says goodbye: running answers move to other devices first.")
-    with contextlib.suppress(ProcessLookupError):  # it ended meanwhile
+    try:
         os.kill(running, signal.SIGTERM)
+    except ProcessLookupError:
+        pass  # it ended meanwhile
+    except PermissionError as error:
+        raise _another_users(config, f"The device (process {running}) runs as another user") from error
     deadline_s = asyncio.get_running_loop().time() + GOODBYE_LIMIT_S
     while holder(config.device_dir) == running:
         if asyncio.get_running_loop().time() > deadline_s:

@@ -1,6 +1,7 @@
 """`fallow join`: one device. It lends what its owner allowed, and leaves politely when told."""
 
 import os
+import re
 import socket
 from typing import Final
 
@@ -9,7 +10,7 @@ import msgspec
 from fallow import __version__, wiring
 from fallow.config import Config
 from fallow.domain.credentials import Role
-from fallow.domain.errors import ConfigError
+from fallow.domain.errors import ConfigError, MembershipEnded, RegistrarUnavailable, RequestRefused
 from fallow.models.store import Store
 from fallow.node.agent import Agent, AgentConfig
 from fallow.node.history import Declared, StayHistory
@@ -21,8 +22,8 @@ from fallow.processes.nearest_cell import nearest_cell
 from fallow.processes.party import Agree, Newcomer, Party, join_as_console, take_part
 from fallow.processes.supervisor import Tell
 from fallow.trust.registrar.consent import Lent
+from fallow.trust.registrar.requests import NAME_MAX_CHARS, NAME_PATTERN
 
-NAME_MAX_CHARS: Final = 128
 LEAVE_LIMIT_S: Final = 15.0
 
 
@@ -87,16 +88,23 @@ async def _moved_near(party: Party, config: Config, newcomer: Newcomer, tell: Te
     cell = await nearest_cell(party.bus, wiring.clock(), party.cell, party.coordinator.cells)
     if cell == party.cell:
         return party
-    await party.move(cell)
+    try:
+        await party.move(cell)
+    except MembershipEnded:
+        raise
+    except (RequestRefused, RegistrarUnavailable) as error:
+        tell(f"The nearest cell is {cell}, and this device stays in {party.cell} for now. {error.message}")
+        return party
     await party.close()
     return await take_part(msgspec.structs.replace(config, cell=cell), config.device_dir, newcomer, tell)
 
 
 def name(config: Config) -> str:
-    """What people call this device. Raises `ConfigError` for a name that nobody could read."""
-    chosen = config.node.name or socket.gethostname() or "device"
-    if len(chosen) > NAME_MAX_CHARS or not chosen.isprintable():
-        raise ConfigError(f"node.name: expected up to {NAME_MAX_CHARS} printable characters, got {chosen[:40]!r}.")
+    """What people call this device. Raises `ConfigError` for a name that no registrar would take."""
+    chosen = config.node.name or socket.gethostname()[:NAME_MAX_CHARS] or "device"
+    if not re.search(NAME_PATTERN, chosen) or not chosen.isprintable():
+        got = f"{len(chosen)}: {chosen[:40]!r}"
+        raise ConfigError(f"node.name: expected up to {NAME_MAX_CHARS} printable characters, got {got}.")
     return chosen
 
 

@@ -18,7 +18,7 @@ from fallow import wiring
 from fallow.config import Config
 from fallow.domain.errors import ConfigError
 from fallow.fabric.broker_config import BusTrust, TrustFiles, configuration, trusted_mode
-from fallow.private_file import write_durably
+from fallow.private_file import Owner, write_durably
 from fallow.processes.founding import ensure_network
 from fallow.processes.supervisor import Tell
 from fallow.trust.registrar.database import open_database
@@ -85,7 +85,15 @@ def _write_certificate(folder: Path, trust: BusTrust) -> None:
 
 def _replace(path: Path, text: str) -> None:
     """Write a file, which stays its owner's where there was one."""
-    before = path.stat() if path.exists() else None
-    write_durably(path, text.encode())
-    if before is not None and os.name == "posix" and before.st_uid != os.geteuid():
-        os.chown(path, before.st_uid, before.st_gid)
+    write_durably(path, text.encode(), owner=_owner(path))
+
+
+def _owner(path: Path) -> Owner | None:
+    """Whose the file is, where that is not us: of the name itself, wherever a link of that name leads."""
+    try:
+        before = path.lstat()
+    except FileNotFoundError:
+        return None
+    if os.name != "posix" or before.st_uid == os.geteuid():
+        return None
+    return Owner(before.st_uid, before.st_gid)

@@ -26,6 +26,7 @@ from fallow.trust.registrar_client import met
 
 READY_LIMIT_S: Final = 30.0
 INVITATION_LIFE_S: Final = 600.0
+INVITATION: Final = "FALLOW_TRUST_INVITATION"
 
 
 class OwnNetwork:
@@ -48,11 +49,15 @@ class OwnNetwork:
         settle(self._config, bus_url)
 
     def leave_for(self, role: Role, folder: Path, name: str) -> dict[str, str]:
-        """What a process of ours needs in its environment to be admitted; nothing when it is a member."""
+        """What a process of ours has in its environment: an invitation, or none when it is a member. One that is in the
+        settings of who started us is for a device of theirs, and not for these.
+
+        Raises `ConfigError` for a folder that holds a membership of another network: this one was founded anew.
+        """
+        membership.require_network(folder, self.state.digest)
         if membership.is_member(folder):
-            return {}
-        invited = self._registrar.invite(role=role, life_s=INVITATION_LIFE_S, name=name)
-        return {"FALLOW_TRUST_INVITATION": invited.text}
+            return {INVITATION: ""}
+        return {INVITATION: self._registrar.invite(role=role, life_s=INVITATION_LIFE_S, name=name).text}
 
     async def wait_until_up(self) -> None:
         """Raises `RegistrarUnavailable` when the registrar does not answer in `READY_LIMIT_S`."""

@@ -4,10 +4,13 @@ Rules
 - Everything is opened in the order in which one needs the other, and closed in the reverse.
 - A process without a membership uses the invitation in its settings, once. One that lends a device needs its owner's
   consent for that.
+- With a membership, an invitation of the same network is used where that one has ended, or is another key's or for
+  another role; one of another network is refused with what to do. It is never passed over in silence.
 - `trust.insecure_development` alone chooses between believing nobody without proof and believing everybody; there is
   nothing in between.
 """
 
+import logging
 import socket
 from collections.abc import Callable
 from contextlib import AsyncExitStack
@@ -32,14 +35,19 @@ from fallow.trust.contract import CoordinatorTrust, Lease, NodeTrust, Routes
 from fallow.trust.grants import Author, Book, Issuer, SealedOrders, SignedRoutes
 from fallow.trust.keys import Identity
 from fallow.trust.lease_keeper import LeaseKeeper
-from fallow.trust.membership import Membership, NetworkClock
-from fallow.trust.passports import PassportReader
+from fallow.trust.membership import Membership
+from fallow.trust.membership_views import NetworkClock
+from fallow.trust.passports import PassportReader, is_for
 from fallow.trust.registrar import consent, invitations
+from fallow.trust.registrar.invitations import Invitation
+from fallow.trust.registrar.requests import NAME_MAX_CHARS
 from fallow.trust.registrar_client import meet
 from fallow.trust.revocation_watch import RevocationWatch
 
 CONSOLE: Final = "console"
 """Folder and name of the membership that people's commands use."""
+
+log = logging.getLogger(__name__)
 
 Agree = Callable[[str], bool]
 """Shows the owner what they agree to, and gives their answer. May wait for a person."""
@@ -113,12 +121,12 @@ async def join_as_console(config: Config, tell: Tell) -> bool:
 
     `False` when the settings hold none of that kind. Raises as `take_part` does.
     """
-    if config.trust.insecure_development or config.trust.invitation is None:
+    if config.trust.insecure_development or not config.trust.invitation:
         return False
     invitation = invitations.from_text(config.trust.invitation)
     if invitation.role not in {Role.OPERATOR, Role.AUDITOR, Role.READER}:
         return False
-    newcomer = Newcomer(role=invitation.role, name=f"console of {socket.gethostname()}"[:64])
+    newcomer = Newcomer(role=invitation.role, name=f"console of {socket.gethostname()}"[:NAME_MAX_CHARS])
     member = await _member(config, config.state_dir / CONSOLE, newcomer, tell)
     await member.close()
     tell(f"This machine's `fallow status` and its like now speak to {member.network.name!r}, as {invitation.role}.")
@@ -245,19 +253,24 @@ def _lease_s(lease: LeaseKeeper) -> float:
 
 async def _member(config: Config, folder: Path, newcomer: Newcomer, tell: Tell) -> Membership:
     who = wiring.identity(folder)
-    if membership.is_member(folder):
-        return membership.load(folder, who, wiring.lease_clock())
-    if config.trust.invitation is None:
+    if not config.trust.invitation:
+        if membership.is_member(folder):
+            return membership.load(folder, who, wiring.lease_clock())
         raise ConfigError(
             "This device is in no network yet: give it an invitation, as `fallow invite` prints it. "
             "(Nobody gets in without one.)"
         )
     invitation = invitations.from_text(config.trust.invitation)
+    kept = await _kept(folder, who, invitation)
+    if kept is not None:
+        return kept
+    if invitation.role is not newcomer.role:
+        raise ConfigError(f"This invitation is for a {invitation.role}, and this is a {newcomer.role}.")
     known = await meet(invitation)
     signed = None
     if invitation.role in consent.NEEDED_FROM:
         if newcomer.lends is None:
-            raise ConfigError(f"This invitation is for a device that is lent, and this is a {newcomer.role}.")
+            raise ConfigError(f"A {newcomer.role} is lent, and what is lent here was not said.")
         words = consent.words_for(known.network.name, known.digest, known.network.registrar, newcomer.lends)
         if newcomer.agree is None or not newcomer.agree(words):
             raise ConfigError("You did not agree, so this device was not lent, and nothing was sent.")
@@ -266,3 +279,22 @@ async def _member(config: Config, folder: Path, newcomer: Newcomer, tell: Tell) 
     member = await membership.enrol(folder, who, known, invitation, asked, wiring.lease_clock())
     tell(f"{newcomer.name} was admitted to the network {known.network.name!r}.")
     return member
+
+
+async def _kept(folder: Path, who: Identity, invitation: Invitation) -> Membership | None:
+    """The membership in the folder; `None` when there is none, or the invitation is to replace it.
+
+    Raises `ConfigError` when it is another network's.
+    """
+    membership.require_network(folder, invitation.network.hex())
+    if not membership.is_member(folder):
+        return None
+    try:
+        member = membership.load(folder, who, wiring.lease_clock())
+    except ConfigError as error:
+        log.warning("the invitation is used: %s", error.message)
+        return None
+    if is_for(member.passport, who.node, invitation.role) and not await member.has_ended():
+        return member
+    await member.close()
+    return None

@@ -7,7 +7,6 @@ once is kept. It needs the folder with the network's keys, and serves without th
 import asyncio
 import contextlib
 import logging
-import ssl
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Final
@@ -16,13 +15,15 @@ from urllib.parse import urlsplit
 from fallow import wiring
 from fallow.config import Config
 from fallow.domain.clock import Clock
-from fallow.domain.errors import BusUnavailable, ConfigError, FallowError, RegistrarUnavailable, TrustError
+from fallow.domain.errors import ConfigError, FallowError, RegistrarUnavailable
 from fallow.domain.network import Places
 from fallow.fabric.accounts import push_account
 from fallow.fabric.nats_bus import NatsBus
 from fallow.gateway.server import HttpServer, ServerLimits, serve
+from fallow.private_file import write_durably
 from fallow.processes.addresses import lan_address
 from fallow.processes.lifetime import Stop
+from fallow.processes.renewal import keep_renewed
 from fallow.trust.certificates import server_context
 from fallow.trust.council.files import CouncilPaths
 from fallow.trust.registrar.api import RegistrarApi
@@ -42,8 +43,6 @@ from fallow.trust.registrar.word import ClaimsCredentials, OwnCredentials, Regis
 from fallow.trust.registrar_client import RegistrarClient, met
 
 BUS_RETRY_S: Final = 1.0
-CERTIFICATE_EVERY_S: Final = 7 * 24 * 3600.0
-"""A new certificate for HTTPS, long before the old one ends."""
 CLOSE_LIMIT_S: Final = 10.0
 ANSWER_POLL_S: Final = 0.1
 LIMITS: Final = ServerLimits(max_connections_per_address=64, keep_alive_s=2)
@@ -59,8 +58,8 @@ def settle(config: Config, bus_url: str) -> Places:
     """
     paths = paths_of(config.state_dir)
     port = config.registrar.port or _kept_port(paths) or _free_port(_host(config))
-    if not config.registrar.port:
-        paths.port.write_text(str(port), encoding="ascii")
+    if not config.registrar.port and port != _kept_port(paths):
+        write_durably(paths.port, str(port).encode())
     registrar_urls = _reached(_host(config), f"https://127.0.0.1:{port}")
     places = Places(registrar_urls=registrar_urls, bus_urls=_reached(config.bus.host, bus_url))
     write_places(paths, places)
@@ -118,7 +117,13 @@ async def _served(api: RegistrarApi, state: RegistrarState, config: Config, cloc
     tls = server_context(certificate, key)
     _remove(certificate, key)
     server = await serve(api.app(), _host(config), _port(config), LIMITS, tls)
-    renewing = asyncio.create_task(_renew_certificate(tls, state, clock))
+
+    async def renew() -> None:
+        certificate, key = await asyncio.to_thread(write_server_certificate, state, clock.unix_s())
+        tls.load_cert_chain(certificate, key)
+        _remove(certificate, key)
+
+    renewing = asyncio.create_task(keep_renewed("The registrar's certificate", renew, clock, log.error))
     try:
         yield server
     finally:
@@ -126,14 +131,6 @@ async def _served(api: RegistrarApi, state: RegistrarState, config: Config, cloc
         await asyncio.gather(renewing, return_exceptions=True)
         await server.close()
         api.close()
-
-
-async def _renew_certificate(tls: ssl.SSLContext, state: RegistrarState, clock: Clock) -> None:
-    while True:
-        await clock.sleep(CERTIFICATE_EVERY_S)
-        certificate, key = await asyncio.to_thread(write_server_certificate, state, clock.unix_s())
-        tls.load_cert_chain(certificate, key)
-        _remove(certificate, key)
 
 
 async def _join(url: str, state: RegistrarState, word: RegistrarWord, duties: RegistrarDuties, stop: Stop) -> None:
@@ -145,8 +142,11 @@ async def _join(url: str, state: RegistrarState, word: RegistrarWord, duties: Re
             try:
                 bus = await NatsBus.connect(url, state.identity.node, OwnCredentials(word))
                 await duties.attach(bus, account.push)
-            except (BusUnavailable, TrustError) as error:
+            except FallowError as error:
                 log.warning("the bus cannot be told of revocations yet: %s", error.message)
+                if bus is not None:  # it was there, and went before the duties had it
+                    await bus.close()
+                    bus = None
                 await asyncio.sleep(BUS_RETRY_S)
         await stop.at_once.wait()
     finally:

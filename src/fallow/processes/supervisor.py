@@ -96,25 +96,35 @@ class Child:
 
     async def _keep(self) -> None:
         loop = asyncio.get_running_loop()
-        deaths = 0
+        deaths, trouble = 0, ""
         while not self._stopping:
             began_s = loop.time()
-            assert self._process is not None
-            status = await self._process.wait()
+            ending, words = (trouble, "") if trouble else await self._ended()
             deaths = 1 if loop.time() - began_s > STABLE_S else deaths + 1
             if deaths > RESTARTS_MAX:
                 self.given_up = True
                 self._tell(f"{self.name} stopped {deaths} times in a row and is given up; see {self._log_file}.")
                 return
             wait_s = max(self._rest_s, min(RESTART_WAIT_S * 2 ** (deaths - 1), RESTART_WAIT_MAX_S))
-            words = self.last_words() if status > 0 else ""
-            self._tell(f"{self.name} {_ending(status)}; starting it again in {wait_s:.1f} s. {words}".rstrip())
+            self._tell(f"{self.name} {ending}; starting it again in {wait_s:.1f} s. {words}".rstrip())
             await asyncio.sleep(wait_s)
+            trouble = await self._relaunched()
+
+    async def _ended(self) -> tuple[str, str]:
+        """Wait for its end: how it came, and what its log says of it."""
+        assert self._process is not None
+        status = await self._process.wait()
+        if status < 0:
+            return f"was ended by signal {-status}", ""
+        return f"stopped with status {status}", self.last_words() if status else ""
+
+    async def _relaunched(self) -> str:
+        """Start it again; why it could not be, which counts as one more death: no memory or disk is left just now."""
+        try:
             await self._launch()
-
-
-def _ending(status: int) -> str:
-    return f"was ended by signal {-status}" if status < 0 else f"stopped with status {status}"
+        except OSError as error:
+            return f"could not be started ({error})"
+        return ""
 
 
 async def _wait(process: asyncio.subprocess.Process, limit_s: float) -> None:

@@ -23,6 +23,7 @@ import msgspec
 
 from fallow import wiring
 from fallow.config import Config, Loaded, as_environment
+from fallow.domain.clock import Clock
 from fallow.domain.credentials import Role
 from fallow.domain.errors import BusUnavailable, ConfigError, LeaseUnsupported, ModelError
 from fallow.fabric.broker import Broker
@@ -35,6 +36,7 @@ from fallow.processes.coordinator import folder_of
 from fallow.processes.founding import renew_council
 from fallow.processes.lifetime import Stop
 from fallow.processes.own_network import OwnNetwork
+from fallow.processes.renewal import keep_renewed
 from fallow.processes.supervisor import Child, Tell
 
 STOP_LIMIT_S: Final = 15.0
@@ -45,8 +47,6 @@ FAILURE_POLL_S: Final = 1.0
 DEVICE_REST_S: Final = 1.0
 """How long a device that died stays away: starting it takes a second of the processor, which those devices of this
 machine need that go on with its answers."""
-RENEWED_EVERY_S: Final = 7 * 24 * 3600.0
-"""The bus's certificate, and a council of one's signatures, long before the old ones end."""
 INSECURE: Final = (
     "INSECURE DEVELOPMENT MODE: whoever reaches this machine's loopback interface is believed everything. "
     "Nothing is checked, nothing can be halted. Never lend a device like this."
@@ -140,7 +140,7 @@ class Service:
         self._tell = tell
         self._broker: Broker | None = None
         self._registrar: Child | None = None
-        self._renewing: asyncio.Task[None] | None = None
+        self._renewing: list[asyncio.Task[None]] = []
         self._gateway: Child | None = None
         self._coordinators: list[Child] = []
         self._nodes: list[Child] = []
@@ -151,6 +151,8 @@ class Service:
         bus_url, system_url = config.bus.url, config.bus.system_url
         if bus_url is None:
             bus_url, system_url = await self._start_bus()
+        if self._network is not None:
+            self._renewing = self._keep_renewed(self._network, wiring.clock())
         environment = as_environment(config) | {"FALLOW_BUS_URL": bus_url}
         system = {"FALLOW_BUS_SYSTEM_URL": system_url} if system_url is not None else {}
         if self._network is not None:
@@ -175,15 +177,24 @@ class Service:
         assert self._broker.server is not None
         server = self._broker.server
         self._tell(f"The control bus is nats-server {server.version} ({server.source}).")
-        if self._network is not None:
-            self._renewing = asyncio.create_task(self._keep_valid(self._broker, self._network))
         return self._broker.urls[0], self._broker.system_url
 
-    async def _keep_valid(self, broker: Broker, network: OwnNetwork) -> None:
-        while True:
-            await asyncio.sleep(RENEWED_EVERY_S)
-            broker.renew(await asyncio.to_thread(network.bus_trust))
+    def _keep_renewed(self, network: OwnNetwork, clock: Clock) -> list[asyncio.Task[None]]:
+        """The council's documents, whoever runs the bus; the bus's certificate where that is us."""
+
+        async def council() -> None:
             await asyncio.to_thread(renew_council, self._config)
+
+        tasks = [asyncio.create_task(keep_renewed("The council's word", council, clock, self._tell))]
+        broker = self._broker
+        if broker is not None:
+
+            async def certificate() -> None:
+                broker.renew(await asyncio.to_thread(network.bus_trust))
+
+            what = "The control bus's certificate"
+            tasks.append(asyncio.create_task(keep_renewed(what, certificate, clock, self._tell)))
+        return tasks
 
     async def _start_registrar(self, network: OwnNetwork, bus_url: str, environment: dict[str, str]) -> None:
         network.announce(bus_url)
@@ -231,8 +242,9 @@ class Service:
         await asyncio.gather(*(_stop(node) for node in self._nodes))
         await asyncio.gather(*(_stop(coordinator) for coordinator in self._coordinators))
         await _stop(self._registrar)
-        if self._renewing is not None:
-            self._renewing.cancel()
+        for task in self._renewing:
+            task.cancel()
+        await asyncio.gather(*self._renewing, return_exceptions=True)
         if self._broker is not None:
             await self._broker.close()
         runfile.remove(self._config.state_dir)

@@ -98,21 +98,38 @@ def server_certificate(
 
 
 def load_or_create_authority(folder: Path, network: str, now_unix_s: float) -> Certificate:
-    """The authority kept in `folder` as `authority.pem` and `authority.key` (mode 0600); a new one where there is none.
+    """The authority kept in `folder`; a new one where there is no key. For a network that is being founded: nobody
+    knows a certificate yet whose key is not there.
+
+    The key is written last, so that a founding that was cut short goes on. Raises `ConfigError` for a key without its
+    certificate, which is not overwritten.
+    """
+    public, private = _authority_files(folder)
+    if not private.exists():
+        made = new_authority(network, now_unix_s)
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        write_private(public, made.certificate_pem)
+        write_private(private, made.key_pem)
+    return load_authority(folder)
+
+
+def load_authority(folder: Path) -> Certificate:
+    """The authority kept in `folder` as `authority.pem` and `authority.key` (mode 0600).
 
     Raises `ConfigError` when one of the two is missing.
     """
-    public, private = folder / "authority.pem", folder / "authority.key"
-    if not public.exists() and not private.exists():
-        made = new_authority(network, now_unix_s)
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        write_private(private, made.key_pem)
-        public.write_text(made.certificate_pem, encoding="ascii")
-        return made
+    public, private = _authority_files(folder)
     try:
         return Certificate(public.read_text(encoding="ascii"), private.read_text(encoding="ascii"))
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"the network's authority in {folder} is incomplete ({error}): restore both files") from None
+        raise ConfigError(
+            f"the network's authority in {folder} is incomplete ({error}): restore both files, or, if the network was "
+            "never founded, delete both"
+        ) from None
+
+
+def _authority_files(folder: Path) -> tuple[Path, Path]:
+    return folder / "authority.pem", folder / "authority.key"
 
 
 def client_context(authority_pem: str) -> ssl.SSLContext:

@@ -132,11 +132,17 @@ def load_or_create(path: Path) -> Identity:
     try:
         return load(path)
     except FileNotFoundError:
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        pass
     try:
-        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        return create(path)
     except FileExistsError:  # another process was faster
         return load(path)
+
+
+def create(path: Path) -> Identity:
+    """A new identity, kept in a file that was not there. Raises `FileExistsError`."""
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     with os.fdopen(handle, "wb") as file:
         file.write(os.urandom(SEED_BYTES))
         file.flush()

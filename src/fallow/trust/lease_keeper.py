@@ -85,7 +85,7 @@ class LeaseKeeper:
         self._revoked = revoked
         self._draw = draw
         self._book = HaltBook(folder / "halts", network)
-        self._tenure = Tenure(ledger=_read(self._file))
+        self._tenure = Tenure(ledger=policy.ledger_of(_read(self._file), network))
         self._charter: Charter | None = None
         self._halts: dict[NodeId, Halt] = {}
         """Those that hold; until there is a charter, those that held when the process ended."""

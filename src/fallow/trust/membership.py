@@ -1,8 +1,9 @@
 """A process's membership in a network: its passport, kept fresh, and what it must remember between starts.
 
 Rules
-- One folder, mode 0700: `network.json` (pinned for good), `places.json`, `passport`, `journal-head`. The key is not
-  here: the caller has it.
+- One folder, mode 0700: `network.json` (pinned for good), `places.json`, `passport`, `journal-head` (heads of the
+  registrar's journal, from the oldest on: `noted_heads.py`). The key is not here: the caller has it.
+- What cannot be written down is used all the same, and told: a full disk must end nobody's membership.
 - A passport is renewed at the first start, at half of its life, and with growing pauses while the registrar is away.
   It is used until the registrar's clock says that it has ended: that clock is counted on from the last answer by the
   monotonic one, so that a wrong or jumping clock of the device makes no difference after the first answer.
@@ -26,14 +27,22 @@ from typing import Final
 import msgspec
 
 from fallow.domain.clock import Clock
-from fallow.domain.errors import ConfigError, FallowError, MembershipEnded, RegistrarUnavailable, TrustError
+from fallow.domain.errors import (
+    ConfigError,
+    FallowError,
+    JournalBroken,
+    MembershipEnded,
+    RegistrarUnavailable,
+    TrustError,
+)
 from fallow.domain.network import Network, Places
 from fallow.policy.enrolment import REFUSED_RETRY_S, renewal_wait_s, retry_wait_s
 from fallow.private_file import write_durably
 from fallow.trust.keys import Identity
+from fallow.trust.noted_heads import note
 from fallow.trust.registrar.invitations import Invitation
 from fallow.trust.registrar.requests import Admitted, Enrol, Leave, Renew
-from fallow.trust.registrar.state import NETWORK_FILE, PLACES_FILE
+from fallow.trust.registrar.state import NETWORK_FILE, PLACES_FILE, digest_of
 from fallow.trust.registrar_client import URLS_MAX, Met, RegistrarClient, met
 
 PASSPORT_FILE: Final = "passport"
@@ -184,6 +193,17 @@ class Membership:
         """The newest list of revocations, as an envelope. Raises `RegistrarUnavailable`."""
         return await self._client.revocations()
 
+    async def has_ended(self) -> bool:
+        """Whether the registrar says so, asked for a renewal; `False` where it does not answer."""
+        try:
+            async with asyncio.timeout(START_LIMIT_S):
+                await self._renew()
+        except MembershipEnded:
+            return True
+        except (TrustError, TimeoutError) as error:
+            log.warning("whether the membership has ended is not known: %s", _words(error))
+        return False
+
     async def reach(self) -> None:
         """See that the registrar answers. Raises `RegistrarUnavailable`."""
         await self._client.places()
@@ -226,7 +246,7 @@ class Membership:
             self._urgent.set()
 
     def take(self, admitted: Admitted) -> None:
-        """A passport that came. It is on the disk before it is used."""
+        """A passport that came."""
         kept = Kept(
             passport=admitted.passport,
             issued_unix_s=admitted.issued_unix_s,
@@ -234,8 +254,13 @@ class Membership:
             system_passport=admitted.system_passport,
             list_sequence=max(self._list_sequence, admitted.list_sequence),
         )
-        write_durably(self.folder / PASSPORT_FILE, msgspec.json.encode(kept))
-        write_durably(self.folder / HEAD_FILE, admitted.journal_head.encode())
+        try:
+            write_durably(self.folder / PASSPORT_FILE, msgspec.json.encode(kept))
+            note(self.folder / HEAD_FILE, admitted.journal_head, self._clock.unix_s())
+        except OSError as error:
+            log.error("%s: the new passport is not kept over a restart: %s", self.folder, error)
+        except JournalBroken as error:
+            log.error("%s: the journal's head could not be noted: %s", self.folder, error.message)
         self._list_sequence = kept.list_sequence
         self._be_at(admitted.places)
         self._reference = (admitted.issued_unix_s, self._clock.monotonic_s())
@@ -299,48 +324,18 @@ class Membership:
         self._news = asyncio.Event()
 
 
-class SystemCredentials:
-    """A coordinator's `BusCredentials` for the bus's system account: the same key, with the leave to hear who comes and
-    goes."""
-
-    def __init__(self, membership: Membership) -> None:
-        self._membership = membership
-
-    @property
-    def passport(self) -> str:
-        return self._membership.system_passport or ""
-
-    @property
-    def authority_pem(self) -> str:
-        return self._membership.authority_pem
-
-    def sign(self, nonce: bytes) -> bytes:
-        return self._membership.sign(nonce)
-
-    def refused(self) -> None:
-        self._membership.refused()
-
-
-class NetworkClock:
-    """A `Clock` whose time of day is the registrar's: judges passports rightly on a device whose own is wrong."""
-
-    def __init__(self, clock: Clock, membership: Membership) -> None:
-        self._clock = clock
-        self._membership = membership
-
-    def monotonic_s(self) -> float:
-        return self._clock.monotonic_s()
-
-    def unix_s(self) -> float:
-        return self._membership.unix_s()
-
-    async def sleep(self, duration_s: float) -> None:
-        await self._clock.sleep(duration_s)
-
-
 def is_member(folder: Path) -> bool:
     """Whether a folder holds a membership, so that no invitation is needed."""
     return (folder / NETWORK_FILE).is_file() and (folder / PASSPORT_FILE).is_file()
+
+
+def require_network(folder: Path, digest: str) -> None:
+    """Raises `ConfigError` for a folder that holds a membership of another network than that one."""
+    if is_member(folder) and digest_of((folder / NETWORK_FILE).read_bytes()) != digest:
+        raise ConfigError(
+            f"{folder} holds a membership of another network, and nothing was changed. Leave that one first "
+            "(`fallow leave`; if its registrar is gone for good, delete the folder), or use another --state-dir."
+        )
 
 
 def load(folder: Path, who: Identity, clock: Clock) -> Membership:
@@ -362,13 +357,9 @@ async def enrol(
 ) -> Membership:
     """Become a member. `known` is what `registrar_client.meet` gave for the invitation.
 
-    Raises `InvitationRefused`, `RequestRefused`, `RegistrarUnavailable`; `ConfigError` for a folder that holds a
-    membership of another network.
+    Raises `InvitationRefused`, `RequestRefused`, `RegistrarUnavailable`; `ConfigError` as `require_network` does.
     """
-    if is_member(folder) and load(folder, who, clock).digest != known.digest:
-        raise ConfigError(
-            f"{folder} holds a membership of another network. Leave that one (`fallow leave`), or use --state-dir."
-        )
+    require_network(folder, known.digest)
     places = Places(registrar_urls=invitation.registrar_urls, bus_urls=())
     async with RegistrarClient(known, places.registrar_urls) as client:
         admitted = await client.admission(who, asked)

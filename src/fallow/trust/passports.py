@@ -27,7 +27,7 @@ from fallow.domain.network import Network
 from fallow.policy.bus_rights import BusRights, claims_rights, presence_rights, rights_of
 from fallow.policy.enrolment import REVOCATION_KEPT_S
 from fallow.trust import envelope
-from fallow.trust.jwt import NAME_CHARS_MAX, account_nkey, read_user, user_jwt
+from fallow.trust.jwt import NAME_CHARS_MAX, account_nkey, peek, read_user, user_jwt
 from fallow.trust.keys import Identity
 
 VERIFIED_MAX: Final = 4096
@@ -203,6 +203,12 @@ class PassportReader:
             del self._void[node]
         while len(self._void) > REVOCATIONS_KEPT_MAX:
             self._void.popitem(last=False)
+
+
+def is_for(text: str, node: NodeId, role: Role) -> bool:
+    """Whether one's own passport, of whatever time and unchecked, is for that key and role."""
+    said = peek(text)
+    return said is not None and said[1] == node and f"fallow:role={role}" in said[0].nats.tags
 
 
 def _passport(text: str, account: str) -> Passport:

@@ -25,6 +25,7 @@ from fallow.domain.errors import (
     InvitationRefused,
     MembershipEnded,
     PassportRefused,
+    PublishedTooOften,
     RegistrarUnavailable,
     RequestRefused,
     SignatureInvalid,
@@ -69,6 +70,7 @@ _NAMED: Final[dict[str, type[FallowError]]] = {
         PassportRefused,
         CharterInvalid,
         CharterUnavailable,
+        PublishedTooOften,
         RegistrarUnavailable,
     )
 }
@@ -237,7 +239,7 @@ def _failure(content: bytes, url: str, status: int) -> FallowError:
         problem = msgspec.json.decode(content, type=_Failure).error
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         return RegistrarUnavailable(f"What answers at {url} is no registrar of this release (status {status}).")
-    return _NAMED.get(problem.code, RegistrarUnavailable)(problem.message[:1000])
+    return _NAMED.get(problem.code, RegistrarUnavailable)(" ".join(problem.message.split())[:1000])
 
 
 def _decoded(content: bytes, type_: type[T]) -> T:

@@ -175,3 +175,14 @@ def test_releases_are_ordered_by_numbers() -> None:
 def test_a_ledger_survives_the_disk() -> None:
     ledger = Ledger(floor_unix_s=NOW_S + 0.25, version=(3, 9), left_s=math.pi)
     assert msgspec.json.decode(msgspec.json.encode(ledger), type=Ledger) == ledger
+
+
+@STEADY
+@given(st.integers(0, 10**6), st.floats(0, LEASE_S), st.sampled_from(["", "a" * 64, "b" * 64]))
+def test_a_ledger_counts_in_its_own_network_and_in_no_other(version: int, left_s: float, of: str) -> None:
+    """One from before networks were written down counts wherever it is: nothing is gained by an update."""
+    kept = Ledger(network=of, floor_unix_s=NOW_S, version=(7, version), left_s=left_s)
+    mine = lease.ledger_of(kept, "a" * 64)
+    assert mine == (Ledger(network="a" * 64) if of == "b" * 64 else msgspec.structs.replace(kept, network="a" * 64))
+    after = lease.paid(confirmed(Tenure(ledger=mine), 1, LEASE_S), SLICE_S, 0.0)
+    assert after.ledger.network == "a" * 64

@@ -31,7 +31,7 @@ def test_links_listen_where_the_bus_is_reached(flags: dict[str, object], expecte
     assert wiring.link_address(config(**flags), "10.0.0.1:7") == "10.0.0.1:7"
 
 
-@pytest.mark.parametrize("text", ["7000", "host", ":7000", "0.0.0.0:", "0.0.0.0:seven", "0.0.0.0:70000"])
+@pytest.mark.parametrize("text", ["7000", "host", ":7000", "0.0.0.0:", "0.0.0.0:seven", "0.0.0.0:70000", "0.0.0.0:²"])
 def test_an_address_for_links_that_is_none_is_named(text: str) -> None:
     with pytest.raises(ConfigError, match=r"0\.0\.0\.0:7000"):
         wiring.split_address(text)

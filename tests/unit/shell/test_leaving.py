@@ -4,6 +4,8 @@ A real registrar over HTTPS; the device is a process that holds the folder, and 
 """
 
 import asyncio
+import errno
+import os
 import subprocess
 import sys
 from collections.abc import Coroutine, Iterator
@@ -165,6 +167,30 @@ def test_a_device_that_does_not_end_stays_a_member(
                 pytest.raises(ConfigError, match=f"process {device.pid}.*still a member"),
             ):
                 await leave(config, lambda _: None)
+            assert is_member(config.device_dir)
+
+    run(scenario())
+
+
+def test_another_users_device_is_left_as_that_user(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel's refusal alone, which a test that may be root cannot have otherwise."""
+
+    def refused(*_: object) -> None:
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    async def scenario() -> None:
+        config = Config(state_dir=tmp_path / "owner")
+        async with served(world, connections=SOON):
+            await joined(world, config)
+            with device_running(config.device_dir) as device, monkeypatch.context() as patch:
+                patch.setattr(os, "kill", refused)
+                with pytest.raises(ConfigError, match=f"process {device.pid}.*another user.*sudo -u USER fallow leave"):
+                    await leave(config, lambda _: None)
+                patch.setattr(leaving.wiring, "identity", refused)
+                with pytest.raises(ConfigError, match=r"is another user's, and nothing was changed.*or as root"):
+                    await leave(config, lambda _: None)
             assert is_member(config.device_dir)
 
     run(scenario())

@@ -119,3 +119,36 @@ def test_a_child_leads_a_session_of_its_own(tmp_path: Path) -> None:
         await worker.stop(2.0)
 
     run(work)
+
+
+def test_a_start_that_fails_counts_as_a_death_and_the_next_one_is_tried(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No descriptor or no memory is left at that moment, or the disk with the log is full."""
+    monkeypatch.setattr(supervisor, "RESTARTS_MAX", 3)
+    monkeypatch.setattr(supervisor, "RESTART_WAIT_S", 0.01)
+    told: list[str] = []
+
+    async def work() -> None:
+        worker = child(tmp_path, "import time; print('up', flush=True); time.sleep(60)", told)
+        await worker.start()
+        first = worker.pid
+        assert first is not None
+        log = tmp_path / "worker.output"
+        log.unlink()
+        log.mkdir()  # nothing can be written there
+        os.kill(first, signal.SIGKILL)
+        await until(lambda: len(told) == 2)
+        assert "could not be started" in told[1] and not worker.given_up
+        log.rmdir()
+        await until(lambda: worker.pid not in (None, first))
+        second = worker.pid
+        assert second is not None
+        log.unlink()
+        log.mkdir()
+        os.kill(second, signal.SIGKILL)
+        await until(lambda: worker.given_up)
+        await worker.stop(1.0)
+
+    run(work)
+    assert "given up" in told[-1]

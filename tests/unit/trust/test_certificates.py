@@ -1,6 +1,7 @@
 """The network's authority: clients believe it, and it alone, about two names."""
 
 import asyncio
+import contextlib
 import ssl
 import stat
 import time
@@ -15,11 +16,14 @@ from cryptography.hazmat.primitives.serialization import Encoding, load_pem_priv
 
 from fallow.domain.errors import ConfigError
 from fallow.domain.network import BUS_NAME, REGISTRAR_NAME
+from fallow.private_file import write_durably
+from fallow.trust import certificates
 from fallow.trust.certificates import (
     SERVER_LIFE_S,
     Certificate,
     _usage,
     client_context,
+    load_authority,
     load_or_create_authority,
     new_authority,
     server_certificate,
@@ -158,8 +162,37 @@ def test_the_authority_is_made_once_and_its_key_is_private(tmp_path: Path) -> No
     assert stat.S_IMODE((folder / "authority.key").stat().st_mode) == 0o600
     assert "PRIVATE" not in repr(first)
     (folder / "authority.pem").unlink()
-    with pytest.raises(ConfigError, match="incomplete"):
-        load_or_create_authority(folder, "home", NOW_S)
+    for load in (lambda: load_or_create_authority(folder, "home", NOW_S), lambda: load_authority(folder)):
+        with pytest.raises(ConfigError, match=r"incomplete.*restore both files"):
+            load()
+    assert (folder / "authority.key").read_text() == first.key_pem, "a key is overwritten by nobody"
+
+
+class Killed(BaseException):
+    """Nothing goes on after it."""
+
+
+@pytest.mark.parametrize("writes", [0, 1, 2])
+def test_a_founding_that_is_killed_goes_on_and_no_key_lacks_its_certificate(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, writes: int
+) -> None:
+    left = iter(range(writes))
+
+    def dying(path: Path, data: bytes) -> None:
+        if next(left, None) is None:
+            raise Killed
+        write_durably(path, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(certificates, "write_durably", dying)
+        with contextlib.suppress(Killed):
+            load_or_create_authority(tmp_path, "home", NOW_S)
+    if (tmp_path / "authority.pem").exists() and not (tmp_path / "authority.key").exists():
+        with pytest.raises(ConfigError, match="incomplete"):  # as a founded network, it would have lost its key
+            load_authority(tmp_path)
+    made = load_or_create_authority(tmp_path, "home", NOW_S)
+    server_certificate(made, REGISTRAR_NAME, NOW_S)
+    assert load_authority(tmp_path) == made
 
 
 def test_what_cannot_be_used_is_named() -> None:

@@ -2,13 +2,13 @@
 
 from pathlib import Path
 
+import msgspec
 import pytest
 from tuf.ngclient._internal import trusted_metadata_set
 
 from fallow.domain.charter import FleetPolicy
 from fallow.domain.errors import CharterInvalid, CharterUnavailable
-from fallow.trust.council import tuf_format as tuf
-from fallow.trust.council.client import CharterClient
+from fallow.trust.council.client import LAST_POLICY, CharterClient, last_known
 from fallow.trust.council.fetch import FolderFetcher
 from tests.adversarial.council_world import (
     ALICE,
@@ -57,7 +57,8 @@ def test_what_was_seen_is_known_after_a_restart(world: World) -> None:
     assert world.check().policy.epoch == 7
     again = world.new_client()
     assert again.check(world.now)[0].policy.epoch == 7
-    assert tuf.decode_policy((world.folder / "device" / "last_policy.json").read_bytes()).epoch == 7
+    council, epoch = last_known(world.folder / "device") or ({}, 0)
+    assert set(council.values()) == set(COUNCIL) and epoch == 7
 
 
 def test_a_python_tuf_that_keeps_its_time_elsewhere_is_not_trusted(
@@ -109,3 +110,35 @@ def test_a_repository_that_is_not_there_is_unavailable(world: World) -> None:
     client = CharterClient(root, NETWORK, world.folder / "device2", FolderFetcher(world.folder / "nowhere"))
     with pytest.raises(CharterUnavailable):
         client.check(world.now)
+
+
+def test_in_another_network_policies_begin_anew_and_back_in_the_same_they_do_not(
+    world: World, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """What a device keeps when it leaves, or when its network is founded anew by the same people with the same keys:
+    another network's epochs and versions say nothing."""
+    folder = world.folder / "device"
+    other = World(tmp_path_factory.mktemp("other"))
+    other.put_in_force(other.propose(policy=FleetPolicy(epoch=7, lease_s=LEASE_S)), [ALICE, BOB])
+    other.serve()
+    root, fetcher = other.repository.first_root(), FolderFetcher(other.served)
+    theirs = CharterClient(root, "0b" * 32, folder, fetcher)
+    assert theirs.check(other.now)[0].policy.epoch == 7
+    assert world.new_client().check(world.now)[0].policy.epoch == 1
+    assert last_known(folder) is not None
+    kept = folder / LAST_POLICY
+    seen = kept.read_bytes().replace(b'"epoch":1', b'"epoch":2')
+    kept.write_bytes(seen)
+    with pytest.raises(CharterInvalid, match="cannot follow"):  # the same network's last word was of epoch 2
+        world.new_client().check(world.now)
+
+
+def test_a_last_policy_from_before_networks_were_written_down_counts_and_is_written_anew(world: World) -> None:
+    world.check()
+    kept = world.folder / "device" / LAST_POLICY
+    kept.write_bytes(msgspec.json.encode(FleetPolicy(epoch=2, lease_s=LEASE_S)))
+    with pytest.raises(CharterInvalid, match="cannot follow"):
+        world.new_client().check(world.now)
+    kept.write_bytes(msgspec.json.encode(FleetPolicy(epoch=1, lease_s=LEASE_S)))
+    world.new_client().check(world.now)
+    assert NETWORK.encode() in kept.read_bytes()

@@ -12,8 +12,6 @@ from fallow.trust.council.ceremonies import Wanted, founding, merge, publication
 from fallow.trust.council.files import (
     CouncilInvitation,
     CouncilPaths,
-    Pin,
-    check_pin,
     decode_proposal,
     encode_proposal,
     invitation_of,
@@ -21,9 +19,8 @@ from fallow.trust.council.files import (
     member_of_text,
     member_text,
     members_of_texts,
-    pin_of,
-    write_pin,
 )
+from fallow.trust.council.pins import Pin, check_pin, pin_of, write_pin
 from fallow.trust.council.proposals import first_root_payload, review
 from tests.adversarial.council_world import (
     ALICE,

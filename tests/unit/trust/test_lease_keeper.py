@@ -1,6 +1,8 @@
 """The keeper of a lease against a repository that is slow, silent, lying or gone, and a bus that brings halts."""
 
 import asyncio
+import errno
+import os
 import threading
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -13,6 +15,7 @@ from fallow.domain.errors import CharterUnavailable
 from fallow.domain.fleet import Subjects
 from fallow.domain.ids import Digest
 from fallow.fabric.memory_bus import MemoryBus, MemoryHub
+from fallow.trust import lease_keeper
 from fallow.trust.council.halts import seal_halt
 from fallow.trust.keys import Identity
 from fallow.trust.lease_keeper import LeaseKeeper
@@ -84,9 +87,9 @@ class World:
         self.revoked = False
         self.keepers: list[LeaseKeeper] = []
 
-    async def keeper(self, release: str = "1.0") -> LeaseKeeper:
+    async def keeper(self, release: str = "1.0", network: str = NETWORK) -> LeaseKeeper:
         made = LeaseKeeper(
-            self.repository, self.folder, self.clocks, network=NETWORK, release=release,
+            self.repository, self.folder, self.clocks, network=network, release=release,
             revoked=lambda: self.revoked, draw=lambda: 0.5,
         )  # fmt: skip
         self.keepers.append(made)
@@ -301,5 +304,54 @@ def test_time_does_not_fall_below_what_was_signed(tmp_path: Path) -> None:
         signed_s = msgspec.json.decode((tmp_path / "lease.json").read_bytes())["floor_unix_s"]
         world.clocks.ahead_s -= 1e6
         assert keeper.unix_s() == signed_s > world.clocks.unix_s()
+
+    run(tmp_path, script)
+
+
+def test_in_another_network_the_lease_begins_anew_and_back_in_the_same_it_does_not(tmp_path: Path) -> None:
+    """A network a week old has renewed its timestamp a thousand times, and the next one four times."""
+
+    async def script(world: World) -> None:
+        world.repository.version = 1000
+        assert (await world.keeper()).standing is Standing.WORKING
+        await world.keepers[-1].close()
+        world.repository.renews = False
+        used = msgspec.json.decode((tmp_path / "lease.json").read_bytes())
+        back = await world.keeper()  # left, and joined again
+        assert msgspec.json.decode((tmp_path / "lease.json").read_bytes())["left_s"] < used["left_s"]
+        await back.close()
+        world.repository.renews, world.repository.version = True, 3
+        assert (await world.keeper(network="b" * 64)).standing is Standing.WORKING
+
+    run(tmp_path, script)
+
+
+def test_a_halt_outlives_leaving_and_joining_again(tmp_path: Path) -> None:
+    from fallow.trust.membership import forget
+
+    async def script(world: World) -> None:
+        world.repository.halts = (world.halt(),)
+        assert (await world.keeper()).standing is Standing.HALTED
+        await world.keepers[-1].close()
+        forget(tmp_path)
+        world.repository.halts, world.repository.reachable = (), False
+        assert (await world.keeper()).standing is Standing.HALTED
+
+    run(tmp_path, script)
+
+
+def test_on_a_full_disk_there_is_no_lease_and_there_is_one_again_with_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    async def script(world: World) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(lease_keeper, "write_durably", full)
+            keeper = await world.keeper()
+            assert keeper.standing is Standing.NO_LEASE
+            assert world.repository.checks
+        await until(keeper, Standing.WORKING)
 
     run(tmp_path, script)

@@ -32,7 +32,9 @@ from fallow.trust.certificates import client_context, server_certificate, server
 from fallow.trust.council.files import member_of
 from fallow.trust.council.halts import seal_halt
 from fallow.trust.keys import Identity, new_identity
-from fallow.trust.membership import Membership, NetworkClock, enrol, is_member, load
+from fallow.trust.membership import Membership, enrol, is_member, load
+from fallow.trust.membership_views import NetworkClock
+from fallow.trust.noted_heads import read_noted
 from fallow.trust.passports import PassportReader
 from fallow.trust.registrar.api import ADDRESSES_MAX, ApiLimits, RateBook, RegistrarApi, TooMany
 from fallow.trust.registrar.invitations import Invitation, from_text
@@ -84,8 +86,8 @@ def test_a_device_joins_renews_and_is_still_a_member_after_a_restart(world: Worl
     run(scenario())
     files = {path.name: path.stat().st_mode & 0o077 for path in (tmp_path / "device").iterdir()}
     assert files == dict.fromkeys(("network.json", "places.json", "passport", "journal-head"), 0)
-    noted = (tmp_path / "device" / "journal-head").read_text()
-    assert noted == str(world.registrar.journal_head())
+    (noted,) = read_noted(tmp_path / "device" / "journal-head")
+    assert f"{noted.seq}:{noted.hash}" == str(world.registrar.journal_head())
 
 
 def test_an_invitation_is_not_sent_to_another_networks_registrar(world: World, tmp_path: Path) -> None:

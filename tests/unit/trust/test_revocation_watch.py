@@ -14,7 +14,8 @@ from fallow.fabric.memory_bus import MemoryHub
 from fallow.gateway.server import ServerLimits
 from fallow.system_clock import SystemClock
 from fallow.trust.keys import Identity, new_identity
-from fallow.trust.membership import REVOCATIONS_FILE, Membership, NetworkClock, enrol, load
+from fallow.trust.membership import REVOCATIONS_FILE, Membership, enrol, load
+from fallow.trust.membership_views import NetworkClock
 from fallow.trust.passports import PassportReader
 from fallow.trust.registrar_client import meet
 from fallow.trust.revocation_watch import CHECKS, RevocationWatch

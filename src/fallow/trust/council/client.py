@@ -4,7 +4,8 @@ Rules
 - A new `Updater` at every check: its reference time is fixed when it is built. The time that it judges expiry by is the
   caller's, which does not run backwards (`policy/lease.py`), and not the clock of this machine.
 - What was verified once is kept in a folder and is never gone back on, across restarts: versions by TUF's rules, and
-  the policy's epoch by ours. The folder starts from the root that the network's descriptor pins.
+  the policy's epoch by ours. The folder starts from the root that the network's descriptor pins,
+  and from nothing where it was another network's.
 - Beyond TUF's rules, each root and the policy's document must be of the form that Fallow uses (`tuf_format.py`).
 - A publisher's list that expired or cannot be read lists nothing, and the rest stays good: a publisher must not be able
   to stop the network, nor another publisher. One that its publisher did not sign, that the snapshot leaves out, or that
@@ -15,6 +16,7 @@ Rules
 
 import contextlib
 import logging
+import shutil
 import threading
 from collections.abc import Iterator, Mapping
 from datetime import datetime
@@ -58,10 +60,17 @@ def last_known(folder: Path) -> tuple[Mapping[str, NodeId], int] | None:
     """
     try:
         root = (folder / "metadata" / "root.json").read_bytes()
-        policy = (folder / LAST_POLICY).read_bytes()
+        last = (folder / LAST_POLICY).read_bytes()
     except OSError:
         return None
-    return tuf.council_of(tuf.read(Root, root, tuf.ROOT_MAX_BYTES).signed), tuf.decode_policy(policy).epoch
+    return tuf.council_of(tuf.read(Root, root, tuf.ROOT_MAX_BYTES).signed), _decode_last(last).policy.epoch
+
+
+class LastPolicy(msgspec.Struct, frozen=True):
+    """The newest policy that a device believed, and of which network: another one's epochs are no measure."""
+
+    policy: FleetPolicy
+    network: str
 
 
 class CharterClient:
@@ -81,9 +90,11 @@ class CharterClient:
         self._roots_checked = 0
         self._told_of_lists: dict[str, str] = {}
         self._lock = threading.Lock()
+        self._last = self._read_last_policy()
         with _named("prepare the charter's folder"):
+            if self._last is not None and self._last.network not in {"", network}:
+                self._begin_anew()
             self._metadata.mkdir(parents=True, exist_ok=True)
-        self._last_policy = self._read_last_policy()
 
     def check(self, reference_unix_s: float) -> tuple[Charter, tuple[bytes, ...]]:
         """Fetch and verify all of it, as of that time; and the halts that hold, in their envelopes.
@@ -169,7 +180,7 @@ class CharterClient:
             data = self._policy_file.read_bytes()
             target.verify_length_and_hashes(data)
         policy = tuf.decode_policy(data)
-        refusal = why_policy_cannot_follow(self._last_policy, policy)
+        refusal = why_policy_cannot_follow(None if self._last is None else self._last.policy, policy)
         if refusal is not None:
             raise CharterInvalid(f"a policy that cannot follow the last one: {refusal}")
         return policy
@@ -226,7 +237,7 @@ class CharterClient:
 
     def _halt_remark(self, trusted: TrustedMetadataSet) -> str:
         """Why nobody renewed the timestamp, when it is a halt: for the words only."""
-        epoch = self._last_policy.epoch if self._last_policy is not None else 0
+        epoch = self._last.policy.epoch if self._last is not None else 0
         try:
             halts = self._halts(trusted.root, epoch)
         except (CharterInvalid, CharterUnavailable):
@@ -235,9 +246,9 @@ class CharterClient:
 
     # --- the last policy ------------------------------------------------------------------------
 
-    def _read_last_policy(self) -> FleetPolicy | None:
+    def _read_last_policy(self) -> LastPolicy | None:
         try:
-            return tuf.decode_policy(self._last_policy_file.read_bytes())
+            last = _decode_last(self._last_policy_file.read_bytes())
         except FileNotFoundError:
             return None
         except (OSError, CharterInvalid) as error:
@@ -245,11 +256,28 @@ class CharterClient:
                 f"{self._last_policy_file} cannot be read ({error}), so this device does not know which policies are "
                 "old: delete the folder that it is in"
             ) from None
+        return last
+
+    def _begin_anew(self) -> None:
+        """Forget another network's versions. The file that names it goes last, so that a crash leaves nothing half."""
+        shutil.rmtree(self._metadata, ignore_errors=True)
+        self._policy_file.unlink(missing_ok=True)
+        self._last_policy_file.unlink()
+        self._last = None
 
     def _remember(self, policy: FleetPolicy) -> None:
-        if policy != self._last_policy:
-            write_durably(self._last_policy_file, msgspec.json.encode(policy))
-            self._last_policy = policy
+        last = LastPolicy(policy, self._network)
+        if last != self._last:
+            write_durably(self._last_policy_file, msgspec.json.encode(last))
+            self._last = last
+
+
+def _decode_last(data: bytes) -> LastPolicy:
+    """Raises `CharterInvalid`."""
+    try:
+        return msgspec.json.decode(data, type=LastPolicy)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return LastPolicy(tuf.decode_policy(data), "")  # as it was written before the network was kept
 
 
 def _trusted_set_as_of(updater: Updater, reference: datetime) -> TrustedMetadataSet:

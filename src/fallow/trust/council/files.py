@@ -1,20 +1,20 @@
 """The council's files: where they lie, how a proposal is written, and what a repository holds as a proposal's base.
 
     <state>/council/member.key      a member's key, on the member's own machine (0600)
-    <state>/council/pin.json        which network it is, and the newest council that this member has seen
+    <state>/council/pin.json        which network it is, and the newest council that this member has seen (`pins.py`)
     <state>/publisher/publisher.key a publisher's key (0600)
     <state>/registrar/online/*.key  the registrar's keys for snapshot and timestamp (0600)
     <state>/registrar/repository/   the repository, which the registrar serves
 
 Rules
 - Proposals are JSON, and are refused whole when they are not. Texts for people to copy are one word without spaces.
-- A pin only moves forward along verified roots and versions of lists: no member is shown a change as built on a council
-  that was replaced, or on a list from before an entry was withdrawn.
+- An invitation is signed by nobody: its name is held to what a name may be, and is believed no further.
 """
 
 import base64
 import binascii
 import contextlib
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -26,7 +26,6 @@ from fallow.domain.charter import FleetPolicy
 from fallow.domain.errors import CharterInvalid, CharterUnavailable, ConfigError, SignatureInvalid
 from fallow.domain.ids import NodeId
 from fallow.policy.council import publisher_name
-from fallow.private_file import write_durably
 from fallow.trust.council import tuf_format as tuf
 from fallow.trust.council.ceremonies import Members, Wanted, founding, is_young, publication_of, sign
 from fallow.trust.council.ceremonies import proposal as renewal
@@ -37,13 +36,13 @@ from fallow.trust.council.proposals import (
     ROOTS_MAX,
     Base,
     Proposal,
-    first_root_payload,
     verify_base,
 )
 from fallow.trust.council.publication import InForce
 from fallow.trust.council.repository import Repository
 from fallow.trust.envelope import Kind, seal, unseal
 from fallow.trust.keys import Identity, load, load_or_create
+from fallow.trust.registrar.requests import NAME_PATTERN
 
 INVITATION_PREFIX = "fallow-council-"
 MEMBER_PREFIX = "fallow-member-"
@@ -98,21 +97,6 @@ class Candidate(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
     name: str
     network: str
-
-
-class Pin(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What a member holds every proposal against."""
-
-    name: str
-    network: str
-    first_root: str
-    version: int = 1
-    newest_root: str | None = None
-    """SHA-256 of what the newest council that this member saw signed; `None`: only the first is known."""
-    epoch: int = 0
-    """Of the newest policy that this member saw."""
-    lists: dict[str, int] = {}
-    """The versions of the policy's and the publishers' lists in the newest base that this member saw, by role."""
 
 
 # --- a council of one -----------------------------------------------------------------------------
@@ -285,48 +269,6 @@ def _utf8(data: bytes) -> str:
         raise CharterInvalid("expected text in UTF-8") from None
 
 
-# --- pins -----------------------------------------------------------------------------------------
-
-
-def pin_of(paths: CouncilPaths) -> Pin | None:
-    """Raises `CharterInvalid` for a damaged one."""
-    try:
-        return _json(paths.pin.read_bytes(), Pin, f"a pin in {paths.pin}")
-    except FileNotFoundError:
-        return None
-
-
-def check_pin(pin: Pin, base: Base) -> Pin:
-    """The pin, moved to the newest root of a base (verified here). Raises `CharterInvalid` when they part ways."""
-    _, _, policy = verify_base(base)
-    digests = [tuf.sha256(first_root_payload(text)) for text in base.roots]
-    if digests[0] != pin.first_root:
-        raise CharterInvalid("this is of another network than the one that this machine's member belongs to")
-    if len(digests) < pin.version or (pin.newest_root is not None and digests[pin.version - 1] != pin.newest_root):
-        raise CharterInvalid("this is built on a council that is not, or no longer, the one that this member knows")
-    epoch, lists = max(pin.epoch, policy.epoch), _list_versions(base)
-    registrars = len(
-        {frozenset(tuf.online_keys(tuf.read(Root, each).signed)) for each in base.roots[pin.version - 1 :]}
-    )
-    for role, version in lists.items():
-        # Under another online key, a publisher who was removed and comes back begins anew.
-        if version < pin.lists.get(role, 0) and (registrars == 1 or role == Targets.type):
-            raise CharterInvalid(
-                f"this is built on version {version} of {role}, and this member has seen version {pin.lists[role]}: "
-                "what was withdrawn since would come back. Propose it anew"
-            )
-    return msgspec.structs.replace(pin, version=len(digests), newest_root=digests[-1], epoch=epoch, lists=lists)
-
-
-def _list_versions(base: Base) -> dict[str, int]:
-    texts = {Targets.type: base.targets, **base.delegated}
-    return {role: tuf.read(Targets, text).signed.version for role, text in texts.items()}
-
-
-def write_pin(paths: CouncilPaths, pin: Pin) -> None:
-    write_durably(paths.pin, msgspec.json.encode(pin))
-
-
 # --- texts ----------------------------------------------------------------------------------------
 
 
@@ -338,9 +280,12 @@ def invitation_of(text: str) -> CouncilInvitation:
     """Raises `SignatureInvalid` for anything else."""
     data = _unpack(text, INVITATION_PREFIX)
     try:
-        return msgspec.msgpack.decode(data, type=CouncilInvitation)
+        invitation = msgspec.msgpack.decode(data, type=CouncilInvitation)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         raise SignatureInvalid("an invitation to a council that was not copied whole") from None
+    if invitation.name and not re.search(NAME_PATTERN, invitation.name):
+        raise SignatureInvalid(f"an invitation to a network that cannot be called {invitation.name[:80]!r}")
+    return invitation
 
 
 def member_text(identity: Identity, name: str, network: str) -> str:

@@ -56,14 +56,15 @@ class Seen(msgspec.Struct, frozen=True, kw_only=True):
 def seen(state: InForce, halts: Iterable[tuple[NodeId, Halt]]) -> Seen:
     """What a repository says now."""
     council = council_of(state.root.signed)
-    short = len(state.policy_bytes) <= POLICY_RECORDED_BYTES_MAX
+    policy = state.policy_bytes.decode()
+    short = len(msgspec.json.encode(policy)) <= POLICY_RECORDED_BYTES_MAX  # as it is written inside an entry
     return Seen(
         root=state.root.signed.version,
         targets=state.targets.signed.version,
         epoch=state.policy.epoch,
         signed_by=tuple(sorted(node for key, node in council.items() if key in state.targets.signatures)),
         policy_sha256=sha256(state.policy_bytes),
-        policy=state.policy_bytes.decode() if short else "",
+        policy=policy if short else "",
         members=tuple(sorted(council.values())),
         threshold=state.root.signed.roles["targets"].threshold,
         lists={

@@ -9,7 +9,7 @@ Rules
 - A publication is verified whole before a file changes: signatures by threshold, versions that rise by one, an epoch
   that rises, delegations and paths that Fallow uses, every target's bytes. What a device would refuse is never written.
 - Nothing is written for a publication that says only what is in force. What is kept of the past, and how much a
-  publisher's key may fill, is `retention.py`'s.
+  publisher's key may fill, is `retention.py`'s; how often one may publish from afar, `publishing_book.py`'s.
 - Files get new names (consistent snapshots); `timestamp.json` is replaced last. A crash leaves the old state, or a root
   that publishing the same again completes.
 - The online keys sign snapshot and timestamp and can sign nothing else. Which of the keys in their folder to use is
@@ -37,9 +37,11 @@ from fallow.trust.council import retention
 from fallow.trust.council import tuf_format as tuf
 from fallow.trust.council.halts import HaltBook
 from fallow.trust.council.publication import InForce, Publication, Verified
+from fallow.trust.council.publishing_book import PublishingBook
 from fallow.trust.keys import Identity, load
 
 HALTS_FILE = "halts.bin"
+PUBLISHING_FILE = "publishing.json"
 ONLINE_KEYS_MAX = 16
 
 
@@ -138,13 +140,32 @@ class Repository:
 
         While a halt holds that the publication does not end, the timestamp keeps its expiry.
         """
+        return self._publish(publication, now_unix_s, lambda before, after: None)
+
+    def publish_from_afar(self, publication: Publication, now_unix_s: float) -> InForce:
+        """The same for who does not hold this folder: what publishers change without the council is counted.
+
+        Raises `PublishedTooOften` as well, and then changes nothing.
+        """
+
+        def count(before: InForce, after: InForce) -> None:
+            if before.targets_bytes == after.targets_bytes:
+                changed = [role for role, (_, data) in after.delegated.items() if data != before.delegated[role][1]]
+                self._publishing().count(changed, now_unix_s)
+
+        return self._publish(publication, now_unix_s, count)
+
+    def _publish(
+        self, publication: Publication, now_unix_s: float, count: Callable[[InForce, InForce], None]
+    ) -> InForce:
+        """`count` may refuse what was verified and is new, before a file changes."""
         with self._locked():
             before = self.in_force() if self.exists else None
             before = self._completing(before)
             verified = publications.verify(publication, before, self._stored, now_unix_s)
             if before is not None and verified.state.root_bytes != before.root_bytes:
                 self._check_online_key(verified.state.root.signed)
-            return self._write(verified, before, now_unix_s)
+            return self._write(verified, before, now_unix_s, count)
 
     def _check_online_key(self, root: Root) -> None:
         refusal = tuf.why_no_online_key(root, [tuf.read(Root, text).signed for text in self.roots()])
@@ -153,7 +174,13 @@ class Repository:
 
     # --- writing --------------------------------------------------------------------------------
 
-    def _write(self, verified: Verified, before: InForce | None, now_unix_s: float) -> InForce:
+    def _write(
+        self,
+        verified: Verified,
+        before: InForce | None,
+        now_unix_s: float,
+        count: Callable[[InForce, InForce], None],
+    ) -> InForce:
         """Everything that can fail for what it says does so before a file changes; what is left is the disk."""
         state = verified.state
         online = self._online(state.root.signed)
@@ -163,15 +190,16 @@ class Repository:
         retention.check_room(self._targets, verified.files)
         snapshot = tuf.sign(Metadata(self._next_snapshot(state, before, now_unix_s)), [online[Snapshot.type]])
         snapshot_bytes = snapshot.to_bytes()
-        unread = (
-            not self.network and (self.folder / HALTS_FILE).exists()
-        )  # without a name, no halt can be told from none
+        # Without a name, no halt can be told from none.
+        unread = not self.network and (self.folder / HALTS_FILE).exists()
         if timestamp is not None and (unread or self._halts_under(state)):
             expires = timestamp.signed.expires.timestamp()
         else:
             expires = now_unix_s + state.policy.lease_s
         timestamp_bytes = self._timestamp_bytes(online, timestamp, snapshot_bytes, expires)
         state = msgspec.structs.replace(state, snapshot=snapshot)
+        if before is not None:
+            count(before, state)
         for path, data in verified.files.items():
             write_durably(self._targets / path, data)
         for role, (metadata, data) in state.targets_by_role().items():
@@ -186,6 +214,7 @@ class Repository:
         if before is not None and before.targets_bytes != state.targets_bytes:
             lists = (metadata.signed.targets.values() for metadata, _ in state.delegated.values())
             retention.forget_files(self._targets, (each.get_prefixed_paths()[0] for found in lists for each in found))
+            self._publishing().forget()
         return state
 
     def _says_already(self, timestamp: Metadata[Timestamp], before: InForce, state: InForce) -> bool:
@@ -310,6 +339,9 @@ class Repository:
             raise CharterUnavailable(
                 f"the council's repository cannot be read: {path.name}: {error.strerror}"
             ) from None
+
+    def _publishing(self) -> PublishingBook:
+        return PublishingBook(self.folder / PUBLISHING_FILE)
 
     def _book(self) -> HaltBook:
         return HaltBook(self.folder / HALTS_FILE, self.network)

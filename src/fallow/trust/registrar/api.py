@@ -15,7 +15,8 @@ Rules
   each: threads, a rate for each address, and room for so many at once, in all and of one address. Who comes beyond is
   told to come again, not queued; what strangers post keeps no device from its charter.
 - A publication takes one of the threads that check them only when all of it has arrived.
-- Every failure is JSON `{"error": {"code": …, "message": …}}` with a code of `domain/errors.py`.
+- Every failure is JSON `{"error": {"code": …, "message": …}}` with a code of `domain/errors.py`: a disk that is full,
+  and what we did not think of, too.
 - Nothing is decided here. Blocking work is done on threads.
 """
 
@@ -44,6 +45,7 @@ from fallow.domain.errors import (
     FallowError,
     InvitationRefused,
     NotWorking,
+    PublishedTooOften,
     RegistrarUnavailable,
     RequestRefused,
     SignatureInvalid,
@@ -75,6 +77,7 @@ _STATUS: Final[dict[type[FallowError], int]] = {
     RequestRefused: 403,
     InvitationRefused: 403,
     CharterInvalid: 422,
+    PublishedTooOften: 429,
     NotWorking: 409,
     CharterUnavailable: 503,
     RegistrarUnavailable: 503,
@@ -268,7 +271,7 @@ class RegistrarApi:
         return _json({"published": True})
 
     def _publish(self, body: bytes) -> None:
-        self._repository.publish(decode_publication(body), self._clock.unix_s())
+        self._repository.publish_from_afar(decode_publication(body), self._clock.unix_s())
 
     # --- around each ----------------------------------------------------------------------------
 
@@ -290,6 +293,14 @@ class RegistrarApi:
             except SQLAlchemyError:
                 log.exception("the registrar's database failed")
                 return _problem(503, RegistrarUnavailable.code, "The registrar's database cannot be used now.", 5.0)
+            except OSError as error:
+                log.exception("the registrar's disk failed")
+                why = error.strerror or type(error).__name__
+                words = f"The registrar's disk cannot be used now ({why}): what was asked may not have been kept."
+                return _problem(503, RegistrarUnavailable.code, words, 5.0)
+            except Exception:  # a defect of ours; without words the asker would doubt the address
+                log.exception("the registrar failed at a request")
+                return _problem(500, FallowError.code, "The registrar failed at this; its log says where.")
 
         return handle
 
@@ -299,7 +310,7 @@ async def _read_body(request: Request, bytes_max: int, timeout_s: float) -> byte
     declared = request.headers.get("content-length", "")
     body = bytearray()
     try:
-        if declared.isdigit() and int(declared[:20]) > bytes_max:
+        if declared.isascii() and declared.isdigit() and int(declared[:20]) > bytes_max:
             raise HTTPException(413, f"Expected a body of up to {bytes_max} bytes.")
         async with asyncio.timeout(timeout_s):
             async for part in request.stream():

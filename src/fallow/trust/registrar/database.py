@@ -132,7 +132,7 @@ def open_database(place: Path | str) -> RegistryDb:
             os.close(os.open(place, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
         url = sql.URL.create("sqlite", database=str(place))
     else:
-        url = sql.make_url(place)
+        url = _url_of(place)
     shown = url.render_as_string(hide_password=True)
     try:
         engine = sql.create_engine(url)
@@ -144,8 +144,13 @@ def open_database(place: Path | str) -> RegistryDb:
                 set_setting(connection, "lock", "")
                 set_setting(connection, "schema", SCHEMA_VERSION)
             found = setting(connection, "schema")
-    except SQLAlchemyError as error:
+    except (SQLAlchemyError, TypeError, ValueError) as error:  # the last two: what the driver was given in the url
         raise ConfigError(f"The registrar's database {shown} cannot be opened: {error}.") from error
+    except ImportError as error:
+        raise ConfigError(
+            f"The registrar's database {shown} cannot be opened without its driver: install the Python package "
+            f"{error.name or 'that it needs'}."
+        ) from error
     if found != SCHEMA_VERSION:
         engine.dispose()
         raise ConfigError(
@@ -153,6 +158,17 @@ def open_database(place: Path | str) -> RegistryDb:
             f"{SCHEMA_VERSION}. Use the release that wrote it."
         )
     return RegistryDb(engine)
+
+
+def _url_of(text: str) -> sql.URL:
+    """Raises `ConfigError`, which does not show the text: a password is in it."""
+    try:
+        return sql.make_url(text)
+    except (SQLAlchemyError, ValueError):
+        raise ConfigError(
+            "The registrar's file `database-url` holds no url of a database: expected one such as "
+            "postgresql+psycopg://USER:PASSWORD@HOST/NAME, as SQLAlchemy writes it."
+        ) from None
 
 
 def _tame_sqlite(engine: sql.Engine) -> None:

@@ -76,8 +76,8 @@ class RegistrarDuties:
     async def attach(self, bus: Bus, push: Push) -> None:
         """From now on tell the bus as well. Raises `BusUnavailable`."""
         everywhere = Subjects("*")
-        self._subscriptions.append(await bus.subscribe(everywhere.hello, self._on_hello))
-        self._subscriptions.append(await bus.subscribe(everywhere.halt, self._on_halt))
+        hello = await bus.subscribe(everywhere.hello, self._on_hello)
+        self._subscriptions += [hello, await bus.subscribe(everywhere.halt, self._on_halt)]
         self._bus, self._push = bus, push
         self.wake()
 

@@ -6,13 +6,15 @@ Rules
 - Found by `verify`: an entry that was changed, removed from the middle, put in, or moved. *Not* found by the chain
   alone: a journal that was cut at its end, or written anew from some entry on by whoever holds the database. Both are
   found against a head that was noted elsewhere. The registrar hands the current head to every member at each renewal,
-  and they keep it (`journal-head`): to rewrite history unseen takes all of these as well.
+  and they keep the oldest, one a week and the newest few (`journal-head`): to rewrite history unseen takes all of these
+  as well.
 - Bodies hold no secret and no prompt.
 
 The chain and its checking; `journal_db.py` keeps it.
 """
 
 import hashlib
+import re
 from collections.abc import Iterable
 from enum import StrEnum
 from typing import Final
@@ -81,7 +83,7 @@ EMPTY: Final = Head(0, FIRST_PREVIOUS)
 def parse_head(text: str) -> Head:
     """A head from `seq:hash`. Raises `JournalBroken` when it is none."""
     seq, _, digest = text.strip().partition(":")
-    if not (seq.isdigit() and len(seq) <= 18 and len(digest) == 64 and set(digest) <= set("0123456789abcdef")):
+    if re.fullmatch(r"[0-9]{1,18}", seq) is None or re.fullmatch(r"[0-9a-f]{64}", digest) is None:
         raise JournalBroken(f"Expected a journal's head such as 42:9f86d0…, got {text[:80]!r}.")
     return Head(int(seq), digest)
 

@@ -21,8 +21,11 @@ from fallow.domain.network import Places
 from fallow.trust.registrar.journal import Entry
 
 REQUEST_MAX_BYTES: Final = 64 * 1024
+CONSENT_MAX_BYTES: Final = 12_000
+"""As base64 it still fits an entry of the journal, and the longest words that we show do so in any script."""
 NONCE_LIFE_S: Final = 60.0
-NAME_PATTERN: Final = r"^[^\x00-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]{1,64}\Z"
+NAME_MAX_CHARS: Final = 64
+NAME_PATTERN: Final = rf"^[^\x00-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]{{1,{NAME_MAX_CHARS}}}\Z"
 """No control characters and no changes of writing direction: names are shown in people's terminals."""
 
 CELL_PATTERN: Final = r"^[A-Za-z0-9_-]{1,32}\Z"
@@ -47,7 +50,7 @@ class Enrol(msgspec.Struct, frozen=True, kw_only=True, tag="enrol", forbid_unkno
     secret: Annotated[bytes, msgspec.Meta(max_length=64)]
     role: Role
     name: Name
-    consent: Annotated[bytes, msgspec.Meta(max_length=32 * 1024)] | None = None
+    consent: Annotated[bytes, msgspec.Meta(max_length=CONSENT_MAX_BYTES)] | None = None
     """An envelope `fallow/consent`; devices need one."""
 
 

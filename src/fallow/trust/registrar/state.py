@@ -11,6 +11,7 @@ Rules
 
 import hashlib
 import os
+import re
 from pathlib import Path
 from typing import Final
 
@@ -19,9 +20,16 @@ import msgspec
 from fallow.domain.errors import ConfigError
 from fallow.domain.network import REGISTRAR_NAME, Network, Places
 from fallow.private_file import write_durably
-from fallow.trust.certificates import Certificate, load_or_create_authority, server_certificate, write_private
+from fallow.trust.certificates import (
+    Certificate,
+    load_authority,
+    load_or_create_authority,
+    server_certificate,
+    write_private,
+)
 from fallow.trust.jwt import account_nkey
 from fallow.trust.keys import Identity, load, load_or_create
+from fallow.trust.registrar.requests import CELL_PATTERN, NAME_PATTERN
 
 NETWORK_FORMAT: Final = 1
 NETWORK_MAX_BYTES: Final = 256 * 1024
@@ -40,7 +48,7 @@ class Paths(msgspec.Struct, frozen=True):
     def database(self) -> Path | str:
         """A file of SQLite, unless the file `database-url` names another database by its SQLAlchemy url."""
         try:
-            return (self.folder / DATABASE_URL_FILE).read_text(encoding="utf-8").strip()
+            return (self.folder / DATABASE_URL_FILE).read_text(encoding="utf-8", errors="replace").strip()
         except FileNotFoundError:
             return self.folder / "registrar.db"
 
@@ -99,10 +107,12 @@ def is_founded(state_dir: Path) -> bool:
 def found(state_dir: Path, *, name: str, cell: str, tuf_root: str, now_unix_s: float) -> RegistrarState:
     """Found a network, or open the one that is there (whatever it is called).
 
-    `tuf_root`: the council's first `root.json`. Raises `ConfigError` for files that are damaged or open to others.
+    `tuf_root`: the council's first `root.json`. Raises `ConfigError` for files that are damaged or open to others, and
+    for names that nobody could read.
     """
     if is_founded(state_dir):
         return open_state(state_dir)
+    _check_names(name, cell)
     paths = paths_of(state_dir)
     paths.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     paths.folder.chmod(0o700)
@@ -133,7 +143,7 @@ def open_state(state_dir: Path) -> RegistrarState:
             "`fallow up` founds one; on another machine, use --state-dir."
         ) from None
     network = read_network(content)
-    authority = load_or_create_authority(paths.folder, network.name, 0.0)
+    authority = load_authority(paths.folder)
     same = (network.registrar, network.account, network.authority_pem) == (
         keys["identity"].node,
         account_nkey(keys["account"].node),
@@ -159,7 +169,15 @@ def read_network(content: bytes) -> Network:
             f"The network's description has format {network.format}, and this release reads {NETWORK_FORMAT}: "
             "use the release of Fallow that the network runs."
         )
+    _check_names(network.name, network.cell)
     return network
+
+
+def _check_names(name: str, cell: str) -> None:
+    """Both stand in the words that an owner agrees to: a name must not add a paragraph. Raises `ConfigError`."""
+    for what, text, pattern in (("network", name, NAME_PATTERN), ("cell", cell, CELL_PATTERN)):
+        if not re.search(pattern, text):
+            raise ConfigError(f"A {what} cannot be called {text[:80]!r}: expected a name like those of its members.")
 
 
 def digest_of(network_json: bytes) -> str:
