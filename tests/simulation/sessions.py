@@ -5,7 +5,7 @@ The coordinator is left out on purpose: here a test says who hosts what, and wha
 
 from collections.abc import Sequence
 
-from fallow.domain.errors import NoRoute, StageRefused
+from fallow.domain.errors import GrantRefused, NoRoute, StageRefused
 from fallow.domain.fleet import Hop
 from fallow.domain.frames import Frame, Phase
 from fallow.domain.ids import Digest, ModelName, NodeId, SessionId
@@ -15,6 +15,7 @@ from fallow.fabric.memory import MemoryFabric
 from fallow.fabric.peers import Peers
 from fallow.gateway.chain import Chain
 from fallow.gateway.sessions import OPEN_ATTEMPTS_MAX, FleetTokenSource
+from fallow.node.stage_session import Session
 from fallow.node.stages import StageRelay
 from fallow.simulator.virtual_time import LoopClock
 from fallow.trust.open_doors import OpenAdmission, OpenGrants, OpenLease
@@ -95,6 +96,25 @@ class Node:
         for other in [self.fleet.gateway, *others]:
             self.fleet.fabric.cut(self.id, other)
 
+    def compute_nothing(self) -> None:
+        """It answers pings and openings as before, and drops the rows that come."""
+
+        async def drop(*_: object) -> None:
+            return
+
+        self.relay._pump._compute = drop  # type: ignore[method-assign]
+
+    def refuse_rows(self) -> None:
+        """It takes every grant, and says of the first rows that they are beyond it."""
+        home = self.relay
+
+        def refuse(session: Session, end: int, count: int) -> bool:
+            home.fault(session, GrantRefused.code, "The grant does not allow so much.")
+            home.end(session)
+            return False
+
+        self.relay._pump._may = refuse  # type: ignore[method-assign]
+
     def thaw(self) -> None:
         """SIGCONT: it goes on with what it knew."""
         self.alive = True
@@ -117,6 +137,10 @@ class Fleet:
         self.chains: list[Chain] = []
         self.script: list[list[tuple[int, Span]]] = []
         """Routes to give out first: node and span of each hop."""
+        self.replies: list[bytes] = []
+        """What the coordinator's table on the bus answers first, in `test_token_source.with_fleet`."""
+        self.kept_spans: list[tuple[Span, ...]] = []
+        """Of every route asked for: what was to be kept."""
         self.listeners: list[FleetTokenSource] = []
         self.events: list[str] = []
         self.peers = Peers(
@@ -154,6 +178,7 @@ class Fleet:
         self, model: Digest, session: SessionId, reserve_tokens: int, exclude: frozenset[NodeId], keep: Sequence[Hop],
         rebuild_tokens: int,
     ) -> tuple[Hop, ...]:  # fmt: skip
+        self.kept_spans.append(tuple(hop.span for hop in keep))
         if self.script:
             return tuple(Hop(address=self.nodes[i].endpoint.address, span=span) for i, span in self.script.pop(0))
         hops: list[Hop] = []

@@ -81,8 +81,10 @@ def test_a_device_that_ignores_close_keeps_what_has_ended(monkeypatch: pytest.Mo
 def test_an_engine_that_promises_too_much_cache_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(MemoryEngine, "_kv_free_bytes", lambda self: 1 << 40)
     thirsty = msgspec.structs.replace(CALM.model, kv_bytes_per_token_layer=24 << 10)
-    long = Traffic(sessions_per_hour_per_device=30.0, prompt_tokens=40, completion_tokens=1900, spread=0.01)
-    _, checker = run_world(msgspec.structs.replace(CALM, model=thirsty, traffic=long))
+    # Long prompts, since they take a simulated second; as many tokens to generate would take minutes.
+    long = Traffic(sessions_per_hour_per_device=60.0, prompt_tokens=1640, completion_tokens=300, spread=0.01)
+    calm = msgspec.structs.replace(CALM, detailed=small(minutes=0.5).detailed)
+    _, checker = run_world(msgspec.structs.replace(calm, model=thirsty, traffic=long))
     assert "kv_is_within_its_budget" in broken(checker)
 
 
@@ -199,7 +201,7 @@ def test_a_session_that_waits_for_ever_is_noticed(monkeypatch: pytest.MonkeyPatc
             if device.engine is not None:
                 device.engine.hang()
 
-    _, checker = run_world(msgspec.structs.replace(CALM, detailed=small(minutes=3.0).detailed), prepare=hang)
+    _, checker = run_world(msgspec.structs.replace(CALM, detailed=small(minutes=2.2).detailed), prepare=hang)
     assert broken(checker) == {"sessions_make_progress"}
 
 

@@ -7,25 +7,50 @@ Method: the real token source, chains, links and relays on virtual time; the coo
 import asyncio
 from pathlib import Path
 
-from fallow.domain.ids import Digest
-from fallow.gateway.chain import DIAL_PATIENCE_S
+from fallow.domain.errors import UnknownModel
+from fallow.domain.ids import Digest, SessionId
+from fallow.gateway.chain import Chain
 from fallow.gateway.contract import Conversation
 from fallow.gateway.lost_devices import LOST_MAX, LOST_S, LostDevices
+from fallow.gateway.moves import Moves
+from fallow.gateway.sending import DIAL_PATIENCE_S
 from fallow.gateway.sessions import FleetConversation, FleetTokenSource
 from tests.simulation.sessions import Fleet, node_id
-from tests.simulation.test_token_source import PROMPT, A, B, C, answer, sessions_on, with_fleet
+from tests.simulation.test_token_source import (
+    KV_BYTES_PER_TOKEN_AND_STAGE,
+    PROMPT,
+    A,
+    B,
+    C,
+    answer,
+    sessions_on,
+    with_fleet,
+)
 
 LEAVER, SPARE = 1, 3
 
 
-async def timed(fleet: Fleet, conversation: Conversation, count: int) -> tuple[list[int], float]:
-    """The answer and its longest gap."""
+def repairs_of(source: FleetTokenSource) -> list[str]:
+    """What was told of repairs that began."""
+    return [event for event in source.events if "repairing after" in event]
+
+
+def assert_nothing_left(fleet: Fleet, source: FleetTokenSource) -> None:
+    assert (source._live, source.moves._moves) == ({}, {})
+    assert sum(node.relay.session_count for node in fleet.nodes if node.alive) == 0
+
+
+async def timed(
+    fleet: Fleet, conversation: Conversation, count: int, between_s: float = 0.0
+) -> tuple[list[int], float]:
+    """The answer and its longest gap; the client reads a token every `between_s`."""
     tokens = [int((await conversation.prefill()).ids[0])]
     longest_s = 0.0
     while len(tokens) < count:
         began_s = fleet.clock.monotonic_s()
         tokens.append(int((await conversation.decode(tokens[-1])).ids[0]))
         longest_s = max(longest_s, fleet.clock.monotonic_s() - began_s)
+        await asyncio.sleep(between_s)
     return tokens, longest_s
 
 
@@ -76,19 +101,282 @@ def test_a_device_that_goes_before_its_sessions_have_moved_is_repaired_around(tm
     with_fleet(tmp_path, test, pieces=(A, B, C, B))
 
 
-def test_a_move_that_finds_no_other_devices_ends_in_a_repair(tmp_path: Path) -> None:
+def test_an_answer_goes_on_where_there_are_no_other_devices_until_its_device_is_gone(tmp_path: Path) -> None:
     async def test(fleet: Fleet, source: FleetTokenSource, model: Digest) -> None:
         expected = await undisturbed(source, model, 60)
         conversation = await source.open(model, PROMPT, 500, 1, "alice")
         task = asyncio.create_task(timed(fleet, conversation, 60))
         await asyncio.sleep(0.2)
         fleet.nodes[LEAVER].relay.drain()
-        tokens, longest_s = await task  # the device stays after all, and is used again once it is not avoided any more
+        tokens, longest_s = await task
         assert tokens == expected
-        assert longest_s > 1.0
+        assert longest_s < 0.1
+        assert conversation.chain.repairs == 0
         await conversation.close(keep=False)
+        await asyncio.sleep(0.1)
+        assert sessions_on(fleet) == [0, 0, 0]
 
     with_fleet(tmp_path, test)
+
+
+def test_a_move_is_tried_again_until_there_is_a_device_to_move_to(tmp_path: Path) -> None:
+    async def test(fleet: Fleet, source: FleetTokenSource, model: Digest) -> None:
+        expected = await undisturbed(source, model, 60)
+        fleet.nodes[SPARE].alive = False
+        conversation = await source.open(model, PROMPT, 500, 1, "alice")
+        task = asyncio.create_task(timed(fleet, conversation, 60, between_s=0.1))
+        await asyncio.sleep(0.2)
+        fleet.nodes[LEAVER].relay.drain()
+        await asyncio.sleep(2.0)
+        fleet.nodes[SPARE].alive = True
+        await asyncio.sleep(2.0)
+        fleet.nodes[LEAVER].kill()
+        tokens, longest_s = await task
+        assert tokens == expected
+        assert longest_s < 0.1
+        assert repairs_of(source) == []
+        await conversation.close(keep=False)
+
+    with_fleet(tmp_path, test, pieces=(A, B, C, B))
+
+
+def test_a_move_has_kept_conversations_make_room(tmp_path: Path) -> None:
+    async def test(fleet: Fleet, source: FleetTokenSource, model: Digest) -> None:
+        expected = await undisturbed(source, model, 60)
+        kept = await source.open(model, list(range(100, 160)), 500, 1, "bob")
+        await answer(kept, 2)
+        await kept.close(keep=True)
+        conversation = await source.open(model, PROMPT, 500, 1, "alice")
+        task = asyncio.create_task(timed(fleet, conversation, 60, between_s=0.1))
+        await asyncio.sleep(0.2)
+        fleet.nodes[LEAVER].relay.drain()
+        await asyncio.sleep(2.0)
+        fleet.nodes[LEAVER].kill()
+        tokens, longest_s = await task
+        assert tokens == expected
+        assert longest_s < 0.1
+        assert repairs_of(source) == []
+        await conversation.close(keep=False)
+
+    with_fleet(tmp_path, test, pieces=(A, B, C, B), kv_budget_bytes=int(2.5 * 560 * KV_BYTES_PER_TOKEN_AND_STAGE))
+
+
+def test_a_token_that_is_awaited_when_the_device_goes_comes_from_the_move(tmp_path: Path) -> None:
+    """The repair would compute everything a second time, on the very device that the move has just filled."""
+
+    async def test(fleet: Fleet, source: FleetTokenSource, model: Digest) -> None:
+        expected = await undisturbed(source, model, 25)
+        conversation = await source.open(model, PROMPT, 500, 1, "alice")
+        tokens = await answer(conversation, 20)
+        fleet.nodes[LEAVER].engine.hang()
+        before = conversation.chain.session
+        task = asyncio.create_task(conversation.decode(tokens[-1]))
+        await asyncio.sleep(0.01)
+        fleet.nodes[LEAVER].relay.drain()
+        await asyncio.sleep(0.5)
+        fleet.nodes[LEAVER].kill()
+        began_s = fleet.clock.monotonic_s()
+        tokens.append(int((await task).ids[0]))
+        assert fleet.clock.monotonic_s() - began_s < 0.1
+        assert (conversation.chain.session != before, repairs_of(source)) == (True, [])
+        assert fleet.nodes[SPARE].engine.rows_computed == len(PROMPT) + 20
+        while len(tokens) < 25:
+            tokens.append(int((await conversation.decode(tokens[-1])).ids[0]))
+        assert tokens == expected
+        await conversation.close(keep=False)
+        await asyncio.sleep(0.1)
+        assert_nothing_left(fleet, source)
+
+    with_fleet(tmp_path, test, pieces=(A, B, C, B))
+
+
+def test_a_chain_in_trouble_waits_for_a_move_that_is_nearly_ready(tmp_path: Path) -> None:
+    async def test(fleet: Fleet, source: FleetTokenSource, model: Digest) -> None:
+        prompt = list(range(1000))
+        calm = await source.open(model, prompt, 100, 1, "alice")
+        expected = await answer(calm, 10)
+        await calm.close(keep=False)
+        conversation = await source.open(model, prompt, 100, 1, "alice")
+        tokens = await answer(conversation, 9)
+        before, rows = conversation.chain.session, fleet.nodes[SPARE].engine.rows_computed
+        fleet.nodes[LEAVER].engine.hang()
+        task = asyncio.create_task(conversation.decode(tokens[-1]))
+        await asyncio.sleep(0.01)
+        fleet.nodes[LEAVER].relay.drain()
+        while fleet.nodes[SPARE].engine.rows_computed < rows + 800:
+            await asyncio.sleep(0.001)
+        fleet.nodes[LEAVER].kill()
+        tokens.append(int((await task).ids[0]))
+        assert (tokens, conversation.chain.session != before, repairs_of(source)) == (expected, True, [])
+        assert fleet.nodes[SPARE].engine.rows_computed - rows == len(prompt) + 9
+        await conversation.close(keep=False)
+
+    with_fleet(tmp_path, test, pieces=(A, B, C, B))
+
+
+def test_a_move_that_has_hardly_begun_ends_before_the_repair_which_has_its_room(tmp_path: Path) -> None:
+    async def test(fleet: Fleet, source: FleetTokenSource, model: Digest) -> None:
+        expected = await undisturbed(source, model, 60)
+        fleet.nodes[SPARE].engine._kv_budget_bytes = int(1.5 * 560 * KV_BYTES_PER_TOKEN_AND_STAGE)
+        conversation = await source.open(model, PROMPT, 500, 1, "alice")
+        task = asyncio.create_task(timed(fleet, conversation, 60))
+        await asyncio.sleep(0.2)
+        fleet.nodes[LEAVER].relay.drain()
+        while not sessions_on(fleet)[SPARE]:
+            await asyncio.sleep(0.001)
+        fleet.nodes[LEAVER].kill()
+        tokens, longest_s = await task
+        assert tokens == expected
+        assert longest_s < 1.0
+        assert len(repairs_of(source)) == 1
+        await conversation.close(keep=False)
+        await asyncio.sleep(0.1)
+        assert_nothing_left(fleet, source)
+
+    with_fleet(tmp_path, test, pieces=(A, B, C, B))
+
+
+def test_other_trouble_meanwhile_keeps_the_cache_of_the_device_that_leaves(tmp_path: Path) -> None:
+    async def test(fleet: Fleet, source: FleetTokenSource, model: Digest) -> None:
+        expected = await undisturbed(source, model, 60)
+        rows = fleet.nodes[LEAVER].engine.rows_computed
+        conversation = await source.open(model, PROMPT, 500, 1, "alice")
+        task = asyncio.create_task(timed(fleet, conversation, 60))
+        await asyncio.sleep(0.2)
+        fleet.nodes[LEAVER].relay.drain()
+        await asyncio.sleep(0.02)
+        fleet.nodes[2].kill()
+        tokens, longest_s = await task
+        assert tokens == expected
+        assert longest_s < 1.0
+        assert fleet.nodes[LEAVER].engine.rows_computed - rows == len(PROMPT) + 59, "nothing anew"
+        await conversation.close(keep=False)
+
+    with_fleet(tmp_path, test, pieces=(A, B, C, C))
+
+
+def test_two_devices_that_leave_at_once_are_left_in_one_move(tmp_path: Path) -> None:
+    async def test(fleet: Fleet, source: FleetTokenSource, model: Digest) -> None:
+        expected = await undisturbed(source, model, 120)
+        conversation = await source.open(model, PROMPT, 500, 1, "alice")
+        task = asyncio.create_task(timed(fleet, conversation, 120))
+        await asyncio.sleep(0.2)
+        for leaver in (LEAVER, 2):
+            fleet.nodes[leaver].relay.drain()
+            fleet.nodes[leaver].relay.drain()
+        while fleet.nodes[LEAVER].relay.session_count or fleet.nodes[2].relay.session_count:
+            await asyncio.sleep(0.01)
+        for leaver in (LEAVER, 2):
+            fleet.nodes[leaver].kill()
+        tokens, longest_s = await task
+        assert tokens == expected
+        assert longest_s < 0.1
+        assert sum("moved to" in event for event in source.events) == 1
+        assert not any(conversation.chain.session[:8] not in event for event in repairs_of(source))
+        await conversation.close(keep=False)
+        await asyncio.sleep(0.1)
+        assert_nothing_left(fleet, source)
+
+    with_fleet(tmp_path, test, pieces=(A, B, C, B, C))
+
+
+def test_a_device_that_is_moved_to_leaves_as_well(tmp_path: Path) -> None:
+    async def test(fleet: Fleet, source: FleetTokenSource, model: Digest) -> None:
+        expected = await undisturbed(source, model, 120)
+        conversation = await source.open(model, PROMPT, 500, 1, "alice")
+        task = asyncio.create_task(timed(fleet, conversation, 120))
+        await asyncio.sleep(0.2)
+        fleet.nodes[SPARE].engine.hang()
+        fleet.nodes[LEAVER].relay.drain()
+        await asyncio.sleep(0.05)
+        assert sessions_on(fleet) == [2, 1, 2, 1, 0], "the move is under way"
+        fleet.nodes[SPARE].relay.drain()
+        tokens, longest_s = await task
+        assert tokens == expected
+        assert longest_s < 0.1
+        assert fleet.nodes[4].id in conversation.chain.nodes()
+        await conversation.close(keep=False)
+        await asyncio.sleep(0.1)
+        assert_nothing_left(fleet, source)
+
+    with_fleet(tmp_path, test, pieces=(A, B, C, B, B))
+
+
+def test_a_conversation_that_is_not_opened_after_all_ends_its_move(tmp_path: Path) -> None:
+    async def test(fleet: Fleet, source: FleetTokenSource, model: Digest) -> None:
+        fleet.fabric.cut(fleet.gateway, fleet.nodes[2].id)
+        opening = asyncio.create_task(source.open(model, PROMPT, 500, 1, "alice"))
+        await asyncio.sleep(0.3)
+        fleet.nodes[LEAVER].relay.drain()
+        await asyncio.sleep(0.3)
+        assert len(source._live) == 2, "a move is under way"
+        opening.cancel()
+        await asyncio.gather(opening, return_exceptions=True)
+        await asyncio.sleep(0.1)
+        assert_nothing_left(fleet, source)
+
+    with_fleet(tmp_path, test, pieces=(A, B, C, B))
+
+
+def test_a_token_source_that_closes_ends_its_moves(tmp_path: Path) -> None:
+    async def test(fleet: Fleet, source: FleetTokenSource, model: Digest) -> None:
+        conversation = await source.open(model, PROMPT, 500, 1, "alice")
+        await answer(conversation, 3)
+        fleet.nodes[SPARE].engine.hang()
+        fleet.nodes[LEAVER].relay.drain()
+        await asyncio.sleep(0.05)
+        await source.close()
+        await asyncio.sleep(0.1)
+        assert [task.get_name() for task in asyncio.all_tasks() if task.get_name().startswith("move ")] == []
+
+    with_fleet(tmp_path, test, pieces=(A, B, C, B))
+
+
+def test_a_move_that_failed_a_moment_ago_is_not_changed_over_to(tmp_path: Path) -> None:
+    """A task is done one pass before its callbacks run."""
+
+    class Failing(Chain):
+        async def establish(self, keep_tokens: int = 0) -> None:
+            raise UnknownModel("the move fails")
+
+    async def test(fleet: Fleet, source: FleetTokenSource, model: Digest) -> None:
+        chain = fleet.chain()
+        to = Failing(SessionId("f" * 32), model, 100, 1, fleet.peers, fleet, fleet.clock, fleet.events.append)
+        dropped: list[Chain] = []
+        moves = Moves(lambda _: to, dropped.append, fleet.events.append, fleet.clock)
+        assert moves.begin(chain, fleet.nodes[LEAVER].id)
+        await asyncio.sleep(0)
+        assert (moves.newest(chain), dropped) == (chain, [])
+        await asyncio.sleep(0)
+        assert (moves.newest(chain), dropped, chain.broken) == (chain, [to], False)
+
+    with_fleet(tmp_path, test)
+
+
+def test_a_finished_move_keeps_the_cache_for_the_next_turn(tmp_path: Path) -> None:
+    async def test(fleet: Fleet, source: FleetTokenSource, model: Digest) -> None:
+        conversation = await source.open(model, PROMPT, 500, 1, "alice")
+        tokens = await answer(conversation, 5)
+        fleet.nodes[LEAVER].relay.drain()
+        await asyncio.sleep(0.5)
+        await conversation.close(keep=True)
+        await asyncio.sleep(0.1)
+        assert sessions_on(fleet) == [1, 0, 1, 1]
+        fleet.nodes[LEAVER].kill()
+        rows = fleet.nodes[SPARE].engine.rows_computed
+        second = await source.open(model, [*PROMPT, *tokens[:4], 7, 8], 500, 1, "alice")
+        assert second.cached_tokens == len(PROMPT) + 4
+        reused = await answer(second, 3)
+        assert fleet.nodes[SPARE].engine.rows_computed - rows == 2 + 2
+        await second.close(keep=False)
+        first = await source.open(model, PROMPT, 500, 1, "bob")
+        await answer(first, 5)
+        await first.close(keep=True)
+        still = await source.open(model, [*PROMPT, *tokens[:4], 7, 8], 500, 1, "bob")
+        assert await answer(still, 3) == reused
+        await still.close(keep=False)
+
+    with_fleet(tmp_path, test, pieces=(A, B, C, B))
 
 
 def test_a_conversation_that_ends_ends_its_move_and_is_not_kept(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ Method: the real token source, chains, links and relays on virtual time; the coo
 """
 
 import asyncio
+import gc
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import TypeVar
@@ -11,14 +12,19 @@ from typing import TypeVar
 import msgspec
 import pytest
 
-from fallow.domain.errors import ContextExceeded, KvExhausted, NoRoute, UnknownModel
-from fallow.domain.fleet import Catalogue, ModelEntry, NodeGone, RouteReply, RouteRequest, Subjects
+from fallow.domain.charter import Standing
+from fallow.domain.errors import ContextExceeded, GrantRefused, KvExhausted, NoRoute, NotWorking, UnknownModel
+from fallow.domain.fleet import Catalogue, Hop, ModelEntry, NodeGone, RouteReply, RouteRequest, Subjects
+from fallow.domain.grants import GRANT_LIFE_S
 from fallow.domain.ids import Digest, ModelName
 from fallow.domain.model import Span
 from fallow.gateway.contract import Conversation
+from fallow.gateway.progress import STALL_TIMEOUT_S
+from fallow.gateway.renewals import RETRY_S
 from fallow.gateway.sessions import FleetTokenSource
 from fallow.models.store import Store
 from fallow.simulator.virtual_time import run_virtual
+from fallow.trust.contract import Lease, Routes
 from fallow.trust.open_doors import OpenLease, OpenRoutes
 from tests.simulation.sessions import Fleet, toy_manifest
 
@@ -40,6 +46,8 @@ def with_fleet(
     test: Callable[[Fleet, FleetTokenSource, Digest], Awaitable[T]],
     pieces: tuple[Span, ...] = (A, B, C),
     kv_budget_bytes: int = 1 << 30,
+    lease: Lease | None = None,
+    routes: Routes | None = None,
 ) -> T:
     """Run `test` on a fleet of one node a piece, with a coordinator that is a table."""
     store = Store(folder)
@@ -65,6 +73,8 @@ def with_fleet(
             return msgspec.json.encode(Catalogue(models=(foreign, entry), stores=()))
 
         async def on_route(_subject: str, message: bytes) -> bytes:
+            if fleet.replies:
+                return fleet.replies.pop(0)
             asked = msgspec.json.decode(message, type=RouteRequest)
             try:
                 hops = await fleet.route(
@@ -84,17 +94,18 @@ def with_fleet(
             fleet.clock,
             subjects,
             origin=fleet.gateway,
-            lease=OpenLease(),
-            routes=OpenRoutes(),
+            lease=lease or OpenLease(),
+            routes=routes or OpenRoutes(),
         )
         fleet.listeners.append(source)
         await source.start()
         while not source.models():
             await asyncio.sleep(0.01)
         assert [manifest.name for manifest in source.models()] == [entry.name], "only what the own store holds"
-        result = await test(fleet, source, model)
-        await source.close()
-        return result
+        try:
+            return await test(fleet, source, model)
+        finally:
+            await source.close()
 
     return run_virtual(program())
 
@@ -228,3 +239,182 @@ def test_the_devices_compute_the_next_token_while_text_is_written(tmp_path: Path
         await conversation.close(keep=False)
 
     with_fleet(tmp_path, test)
+
+
+def test_a_live_answer_has_kept_conversations_make_room_for_its_repair(tmp_path: Path) -> None:
+    async def test(fleet: Fleet, source: FleetTokenSource, model: Digest) -> None:
+        fleet.nodes[1].alive = False
+        kept = await source.open(model, list(range(100, 160)), 200, 1, "bob")
+        await answer(kept, 2)
+        await kept.close(keep=True)
+        fleet.nodes[1].alive = True
+        fleet.nodes[3].engine._kv_budget_bytes = 300 * KV_BYTES_PER_TOKEN_AND_STAGE
+        conversation = await source.open(model, PROMPT, 200, 1, "alice")
+        task = asyncio.create_task(answer(conversation, 60))
+        await asyncio.sleep(0.1)
+        assert not task.done()
+        began_s = fleet.clock.monotonic_s()
+        fleet.nodes[1].kill()
+        assert len(await task) == 60
+        assert fleet.clock.monotonic_s() - began_s < 2.0
+        await conversation.close(keep=False)
+        await asyncio.sleep(0.1)
+        assert [node.relay.session_count for node in fleet.nodes if node.alive] == [0, 0, 0]
+
+    with_fleet(tmp_path, test, pieces=(A, B, C, B))
+
+
+def test_a_device_that_answers_and_computes_nothing_is_done_without(tmp_path: Path) -> None:
+    async def test(fleet: Fleet, source: FleetTokenSource, model: Digest) -> None:
+        calm = await source.open(model, PROMPT, 200, 1, "alice")
+        expected = await answer(calm, 60)
+        await calm.close(keep=False)
+        conversation = await source.open(model, PROMPT, 200, 1, "alice")
+        task = asyncio.create_task(answer(conversation, 60))
+        await asyncio.sleep(0.1)
+        assert not task.done()
+        began_s = fleet.clock.monotonic_s()
+        fleet.nodes[1].compute_nothing()
+        async with asyncio.timeout(10 * STALL_TIMEOUT_S):
+            assert await task == expected
+        assert fleet.clock.monotonic_s() - began_s < 2 * STALL_TIMEOUT_S + 5, "asked once, then avoided"
+        await conversation.close(keep=False)
+
+    with_fleet(tmp_path, test, pieces=(A, B, C, B))
+
+
+def test_a_fleet_that_computes_nothing_is_a_named_error(tmp_path: Path) -> None:
+    async def test(fleet: Fleet, source: FleetTokenSource, model: Digest) -> None:
+        conversation = await source.open(model, PROMPT, 200, 1, "alice")
+        fleet.kept_spans.clear()
+        for index in (1, 3):
+            fleet.nodes[index].compute_nothing()
+        with pytest.raises(NoRoute, match="computed nothing"):
+            async with asyncio.timeout(10 * STALL_TIMEOUT_S):
+                await answer(conversation, 2)
+        assert fleet.kept_spans[:2] == [(A, B, C), (A, C)], "first all is kept, then what does not hold the others up"
+        assert set(fleet.kept_spans[2:]) == {()}, "then nothing"
+        await conversation.close(keep=False)
+
+    with_fleet(tmp_path, test, pieces=(A, B, C, B))
+
+
+def test_a_device_that_takes_grants_and_refuses_the_rows_is_done_without(tmp_path: Path) -> None:
+    async def test(fleet: Fleet, source: FleetTokenSource, model: Digest) -> None:
+        calm = await source.open(model, PROMPT, 200, 1, "alice")
+        expected = await answer(calm, 10)
+        await calm.close(keep=False)
+        fleet.nodes[1].refuse_rows()
+        conversation = await source.open(model, PROMPT, 200, 1, "alice")
+        async with asyncio.timeout(5):
+            assert await answer(conversation, 10) == expected
+        assert conversation.chain.repairs == 2, "another grant might have done"
+        await conversation.close(keep=False)
+
+    with_fleet(tmp_path, test, pieces=(A, B, C, B))
+
+
+def test_the_patience_that_a_rebuild_has_ends_with_it(tmp_path: Path) -> None:
+    async def test(fleet: Fleet, source: FleetTokenSource, model: Digest) -> None:
+        conversation = await source.open(model, list(range(2000)), 200, 1, "alice")
+        tokens = await answer(conversation, 5)
+        fleet.nodes[1].kill()
+        tokens.append(int((await conversation.decode(tokens[-1])).ids[0]))
+        assert conversation.chain.repairs == 1
+        fleet.nodes[2].compute_nothing()
+        began_s = fleet.clock.monotonic_s()
+        tokens.append(int((await conversation.decode(tokens[-1])).ids[0]))
+        assert fleet.clock.monotonic_s() - began_s < 2 * STALL_TIMEOUT_S + 5
+        await conversation.close(keep=False)
+
+    with_fleet(tmp_path, test, pieces=(A, B, C, B, C))
+
+
+class _Distrustful(OpenRoutes):
+    """What is between the gateway and the coordinator puts one reply of its own on the bus."""
+
+    forged = 0
+
+    def check(self, request: RouteRequest, hop: Hop, grant: bytes) -> None:
+        if self.forged:
+            self.forged -= 1
+            raise GrantRefused("A route came without a coordinator's grant.")
+
+
+NO_LEASE = msgspec.json.encode(RouteReply(error="No lease yet.", code=Standing.NO_LEASE))
+GARBAGE = b"{"
+NO_GRANT = msgspec.json.encode(RouteReply(error="No grant for that.", code=GrantRefused.code))
+
+
+@pytest.mark.parametrize("replies", [[NO_LEASE] * 3, [GARBAGE], [NO_GRANT], [b"forged"]])
+def test_an_answer_outlasts_what_a_coordinator_or_the_bus_says_for_a_moment(
+    tmp_path: Path, replies: list[bytes]
+) -> None:
+    routes = _Distrustful()
+
+    async def test(fleet: Fleet, source: FleetTokenSource, model: Digest) -> None:
+        conversation = await source.open(model, PROMPT, 200, 1, "alice")
+        task = asyncio.create_task(answer(conversation, 60))
+        await asyncio.sleep(0.1)
+        if replies == [b"forged"]:
+            routes.forged = 1
+        else:
+            fleet.replies.extend(replies)
+        fleet.nodes[1].kill()
+        assert len(await task) == 60
+        assert not (fleet.replies or routes.forged)
+        await conversation.close(keep=False)
+
+    with_fleet(tmp_path, test, pieces=(A, B, C, B), routes=routes)
+
+
+@pytest.mark.parametrize("replies", [[NO_LEASE] * 3, [GARBAGE]])
+def test_a_conversation_opens_though_the_coordinator_has_just_come_to_lead(
+    tmp_path: Path, replies: list[bytes]
+) -> None:
+    async def test(fleet: Fleet, source: FleetTokenSource, model: Digest) -> None:
+        fleet.replies.extend(replies)
+        conversation = await source.open(model, PROMPT, 20, 1, "alice")
+        await conversation.close(keep=False)
+
+    with_fleet(tmp_path, test)
+
+
+def test_the_gateways_own_lease_ends_an_answer_at_once(tmp_path: Path) -> None:
+    class Ending(OpenLease):
+        standing: Standing = Standing.WORKING  # type: ignore[misc]
+
+    lease = Ending()
+
+    async def test(fleet: Fleet, source: FleetTokenSource, model: Digest) -> None:
+        conversation = await source.open(model, PROMPT, 200, 1, "alice")
+        task = asyncio.create_task(answer(conversation, 60))
+        await asyncio.sleep(0.1)
+        lease.standing = Standing.HALTED
+        fleet.nodes[1].kill()
+        began_s = fleet.clock.monotonic_s()
+        with pytest.raises(NotWorking):
+            await task
+        assert fleet.clock.monotonic_s() - began_s < 0.1
+        await conversation.close(keep=False)
+
+    with_fleet(tmp_path, test, pieces=(A, B, C, B), lease=lease)
+
+
+def test_a_renewal_that_comes_back_as_garbage_is_tried_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    async def test(fleet: Fleet, source: FleetTokenSource, model: Digest) -> None:
+        conversation = await source.open(model, PROMPT, 200, 1, "alice")
+        chain = conversation.chain
+        chain.hops = tuple(msgspec.structs.replace(hop, grant=b"leave") for hop in chain.hops)
+        chain.granted_s -= GRANT_LIFE_S
+        due_since_s = chain.granted_s
+        fleet.replies.append(GARBAGE)
+        await asyncio.sleep(5.0)
+        assert (fleet.replies, chain.granted_s) == ([], due_since_s)
+        await asyncio.sleep(RETRY_S)
+        assert chain.granted_s > due_since_s
+        await conversation.close(keep=False)
+
+    with_fleet(tmp_path, test)
+    gc.collect()
+    assert not [record for record in caplog.records if record.name == "asyncio"]

@@ -16,7 +16,7 @@ from msgspec.structs import replace
 
 from fallow.domain.errors import KvExhausted, NoRoute
 from fallow.domain.fleet import Hop, RouteRequest
-from fallow.domain.frames import Phase, RenewGrant
+from fallow.domain.frames import Flow, Frame, Phase, RenewGrant
 from fallow.domain.grants import GRANT_LIFE_S, Grant
 from fallow.domain.ids import Digest, NodeId, SessionId, at_visit
 from fallow.domain.model import Span, StageSpec
@@ -24,6 +24,7 @@ from fallow.engine.contract import Step, Stepped
 from fallow.engine.memory import MemoryEngine
 from fallow.gateway.chain import Chain
 from fallow.gateway.renewals import Renewals
+from fallow.node.stage_session import UNFLOWED_ROWS_MAX
 from fallow.policy.routing import Carrier, ModelShape, route
 from fallow.simulator.virtual_time import run_virtual
 from fallow.trust.open_doors import OpenGrants
@@ -245,6 +246,39 @@ def test_each_stage_of_a_device_takes_its_own_room() -> None:
 
     assert run_virtual(program(2.5)) == ([[(2, A, 1), (1, B, 0), (2, C, 0)]], True)
     assert run_virtual(program(1.5)) == ([[(3, A, 0), (1, B, 0), (2, C, 0)]], True)
+
+
+def test_a_long_log_that_a_device_sends_to_itself_is_expected_there() -> None:
+    """Device 0 takes the layers right behind its own: it has all the rows at once, more than wait without a flow. Its
+    link brings one flow after the other."""
+    prompt = list(range(UNFLOWED_ROWS_MAX + 500))
+
+    async def program() -> None:
+        fleet = CountingFleet()
+        await fleet.start((A, B), (B, C), (C,))
+        fleet.script = [[(0, A), (1, BC)]]
+        chain = fleet.chain(reserve_tokens=len(prompt) + 100)
+        task = asyncio.create_task(generate(chain, prompt, 10))
+        await until(chain, len(prompt) + 5)
+        relay = fleet.nodes[0].relay
+        told: list[SessionId] = []
+        handle = relay.handle
+
+        def one_by_one(peer: NodeId, frame: Frame) -> bool:
+            if not isinstance(frame.header, Flow):
+                return handle(peer, frame)
+            told.append(frame.header.session)
+            asyncio.get_running_loop().call_later(0.01 * (len(told) - 1), handle, peer, frame)
+            return True
+
+        relay.handle = one_by_one  # type: ignore[method-assign]
+        fleet.nodes[1].kill()
+        assert len(await task) == 10
+        assert told == [at_visit(chain.session, 1), chain.session]
+        assert (fleet.seen(chain.hops), chain.repairs) == ([(0, A, 0), (0, B, 1), (2, C, 0)], 1)
+        assert fleet.computed[0] == (len(prompt) + 9) * AB.layer_count, "once"
+
+    run_virtual(program())
 
 
 @settings(max_examples=40, deadline=None)

@@ -9,7 +9,7 @@ from fallow.domain.errors import ModelError
 from fallow.models.default import ensure_default_model
 from fallow.models.store import Store
 from fallow.processes.local_service import LocalService
-from tests.system.harness import SPLIT, service
+from tests.system.harness import SPLIT, OneDevice, service
 
 
 @pytest.fixture(scope="session")
@@ -21,6 +21,14 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     except ModelError as error:
         pytest.skip(f"the default model cannot be had: {error.message}")
     return root
+
+
+@pytest.fixture(scope="session")
+def one_device(tmp_path_factory: pytest.TempPathFactory, store: Path) -> Iterator[OneDevice]:
+    """For test_hostile_clients.py, and then test_hostile_models.py, which ends it."""
+    lent = OneDevice(lambda: tmp_path_factory.mktemp("one-device"), store)
+    yield lent
+    lent.end()
 
 
 @pytest.fixture(scope="module")

@@ -53,7 +53,9 @@ NETWORK = "c0" * 32
 LAYERS = 4
 WHOLE = Span(0, LAYERS)
 BUDGET = 1 << 20
-PACE_S = 0.05
+PACE_S = 0.1
+REFUSED_PAUSE_S = 0.5
+"""Who is refused asks again after that: fifty that start on two cores need them for something else."""
 TELL_S = 0.1
 COORDINATOR = person("coordinator")
 
@@ -143,6 +145,8 @@ class Station:
         self.refusals: set[str] = set()
         self.results = 0
         self._clock = WakingClock()
+        coordinators = self.passport(COORDINATOR, Role.COORDINATOR)
+        self._issuer = Issuer(Author(COORDINATOR, lambda: coordinators, CELL, time.time), OpenLease())
         self._wake = asyncio.Event()
         self._answer: object = None
         self._tasks: list[asyncio.Task[None]] = []
@@ -225,10 +229,8 @@ class Station:
 
     def _grant(self, session: SessionId) -> bytes:
         """As a coordinator would give it who has not heard of any halt."""
-        text = self.passport(COORDINATOR, Role.COORDINATOR)
         request = RouteRequest(model=self.config.model, session=session, reserve_tokens=BUDGET)
-        issuer = Issuer(Author(COORDINATOR, lambda: text, CELL, time.time), OpenLease())
-        return issuer.issue(request, self.gateway.node, (Hop(address=self._endpoint.address, span=WHOLE),))[0]
+        return self._issuer.issue(request, self.gateway.node, (Hop(address=self._endpoint.address, span=WHOLE),))[0]
 
     async def _drive(self) -> None:
         """Sessions without end: a row each `PACE_S`, and another session when one ends."""
@@ -245,6 +247,7 @@ class Station:
             grant=self._grant(session),
         )  # fmt: skip
         if isinstance(await self._ask(opening), Refused):
+            await asyncio.sleep(REFUSED_PAUSE_S)
             return
         flow = Flow(session=session, epoch=1, previous=None, next=None, forward_from=0, results_from=0)
         for position in range(BUDGET):

@@ -7,18 +7,23 @@ needs: a store that is imported once for all tests, and answers with the time at
 import json
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import httpx
 import msgspec
 
+from fallow.gateway.keys import new_key
 from fallow.processes.local_service import LocalService
 
 ANSWER_LIMIT_S = 120.0
 MODEL = "smollm2-135m-instruct"
 SPLIT = ("--nodes", "3", "--max-share", "0.7", "--memory", "1GiB")
 """Three devices, none of which holds the whole model, every piece on two."""
+
+
+KEYS = {name: new_key() for name in ("neighbour", "rude", "newcomer")}
+"""Of `OneDevice`."""
 
 
 class Answer(msgspec.Struct):
@@ -48,6 +53,29 @@ def service(folder: Path, store: Path | None, *arguments: str, settings: str = "
         except Exception as error:
             error.add_note(running.log_tail())
             raise
+
+
+class OneDevice:
+    """A service of one device, with `KEYS`, that files of tests use one after the other: it is started when it is first
+    lent, and again when it was ended in between. Who spoils it ends it."""
+
+    def __init__(self, folder: Callable[[], Path], store: Path) -> None:
+        self._folder = folder
+        self._store = store
+        self._running = ExitStack()
+        self._service: LocalService | None = None
+
+    def lend(self) -> LocalService:
+        if self._service is None:
+            keys = "\n".join(f'[[gateway.keys]]\nid = "{name}"\nsha256 = "{sha}"' for name, (_, sha) in KEYS.items())
+            settings = f'local_nodes = 1\n[node]\nmemory_bytes = "1GiB"\n{keys}'
+            self._service = self._running.enter_context(service(self._folder(), self._store, settings=settings))
+            self._service.wait_until_servable()
+        return self._service
+
+    def end(self) -> None:
+        self._service = None
+        self._running.close()
 
 
 def ask(

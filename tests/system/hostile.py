@@ -65,6 +65,7 @@ class Neighbour:
         self._expected = expected
         self._first_piece = threading.Event()
         self._over = threading.Event()
+        self._news = threading.Condition()
         self._answers: list[Answer] = []
         self._thread = threading.Thread(target=self._talk)
 
@@ -77,9 +78,19 @@ class Neighbour:
         self._over.set()
         self._thread.join()
         if error is None:
-            self.check()
+            self._compare()
 
     def check(self) -> None:
+        """Wait for the answer that streams now; it and all before it are what was expected."""
+        with self._news:
+            until = len(self._answers) + 1
+            came = self._news.wait_for(
+                lambda: len(self._answers) >= until or not self._thread.is_alive(), ANSWER_LIMIT_S
+            )
+        assert came, "the neighbour's answer does not end"
+        self._compare()
+
+    def _compare(self) -> None:
         assert self._answers
         for answer in self._answers:
             assert answer.error is None
@@ -88,7 +99,9 @@ class Neighbour:
     def _talk(self) -> None:
         while not self._over.is_set():
             answer = ask(*self._ask, on_piece=lambda _: self._first_piece.set())
-            self._answers.append(answer)
+            with self._news:
+                self._answers.append(answer)
+                self._news.notify_all()
             if answer.error is not None:
                 self._first_piece.set()
                 return

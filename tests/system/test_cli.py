@@ -1,4 +1,8 @@
-"""The commands as a person runs them: real processes, real exit codes, real words."""
+"""The commands as a person runs them: real processes, real exit codes, real words.
+
+Two services: one whose model is cut over three devices, and a small one whose model is added while it runs. Each is
+ended by the last test that uses it, the one politely and the other by `kill -9`.
+"""
 
 import json
 import os
@@ -7,7 +11,10 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple, TypeVar
 
 import httpx
 import psutil
@@ -17,11 +24,15 @@ from fallow.processes.local_service import LocalService
 from tests.system.harness import MODEL, ask, service
 
 QUESTION = "Why does ice float?"
+FAMILIES = Path(__file__).parents[1] / "fixtures" / "families"
+HELP = ["", "up", "join", "status", "chat", "model", "model add", "model check", "key create", "config show", "serve"]
+HELP_WITH_EXAMPLES = ["up", "join", "status", "chat", "model add", "key create", "config show"]
+
+Done = subprocess.CompletedProcess[str]
+T = TypeVar("T")
 
 
-def fallow(
-    *arguments: str, env: dict[str, str] | None = None, cwd: Path | None = None
-) -> subprocess.CompletedProcess[str]:
+def fallow(*arguments: str, env: dict[str, str] | None = None, cwd: Path | None = None) -> Done:
     clean = {name: value for name, value in os.environ.items() if not name.startswith("FALLOW_")}
     return subprocess.run(
         [sys.executable, "-m", "fallow", *arguments],
@@ -34,51 +45,71 @@ def fallow(
     )
 
 
+def side_by_side(run: Callable[[T], Done], each: Sequence[T]) -> list[Done]:
+    """As many at a time as there are processors."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(run, each))
+
+
 # --- help and mistakes ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "command",
-    ["", "up", "join", "status", "chat", "model", "model add", "model check", "key create", "config show", "serve"],
-)
-def test_help_is_there_and_says_more_than_options(command: str) -> None:
-    done = fallow(*command.split(), "--help")
+@pytest.fixture(scope="module")
+def helped() -> dict[str, Done]:
+    """What each command answers to `--help`."""
+    return dict(zip(HELP, side_by_side(lambda command: fallow(*command.split(), "--help"), HELP), strict=True))
+
+
+@pytest.mark.parametrize("command", HELP)
+def test_help_is_there_and_says_more_than_options(helped: dict[str, Done], command: str) -> None:
+    done = helped[command]
     assert done.returncode == 0
     assert "Usage:" in done.stdout
     assert len(done.stdout.split()) > 30
 
 
-@pytest.mark.parametrize("command", ["up", "join", "status", "chat", "model add", "key create", "config show"])
-def test_help_has_examples(command: str) -> None:
-    text = fallow(*command.split(), "--help").stdout
+@pytest.mark.parametrize("command", HELP_WITH_EXAMPLES)
+def test_help_has_examples(helped: dict[str, Done], command: str) -> None:
+    text = helped[command].stdout
     assert "Examples:" in text
     assert len(re.findall(rf"^\s+(?:FALLOW_\S+ )?fallow {command}", text, re.MULTILINE)) >= 2
 
 
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (["model", "inspect", "nosuch"], ["nosuch"]),
-        (["model", "remove", "nosuch"], ["nosuch"]),
-        (["model", "add", "no/such/file.gguf"], ["no/such/file.gguf"]),
-        (["model", "check", "nosuch"], ["nosuch"]),
-        (["status"], ["fallow up"]),
-        (["join", "--insecure-development", "nats://fallow:wrong@127.0.0.1:1"], ["fallow up", "credentials"]),
-        (["join", "nats://fallow:right@127.0.0.1:1"], ["invitation", "fallow invite"]),
-        (["join"], ["invitation", "fallow invite"]),
-        (["join", "fallow1-AAAA"], ["invitation"]),
-        (["join", "fallow1-AAAA", "--memory", "plenty"], ["node.memory_bytes", "plenty", "a flag"]),
-        (["invite"], ["fallow up"]),
-        (["revoke", "desk", "--why", "sold", "--yes"], ["fallow up"]),
-        (["audit", "verify"], ["fallow up"]),
-        (["up", "--insecure-development", "--host", "0.0.0.0"], ["loopback", "0.0.0.0"]),
-        (["up", "--api-host", "0.0.0.0"], ["gateway.host", "fallow key create"]),
-        (["chat", "--url", "http://127.0.0.1:1", "hello"], ["127.0.0.1:1", "fallow up"]),
-        (["key", "create", 'a"b'], ["id"]),
-    ],
-)
-def test_a_failure_is_one_sentence_and_status_1(tmp_path: Path, arguments: list[str], words: list[str]) -> None:
-    done = fallow(*arguments, env={"FALLOW_STATE_DIR": str(tmp_path)}, cwd=tmp_path)
+FAILURES: list[tuple[list[str], list[str]]] = [
+    (["model", "inspect", "nosuch"], ["nosuch"]),
+    (["model", "remove", "nosuch"], ["nosuch"]),
+    (["model", "add", "no/such/file.gguf"], ["no/such/file.gguf"]),
+    (["model", "check", "nosuch"], ["nosuch"]),
+    (["status"], ["fallow up"]),
+    (["join", "--insecure-development", "nats://fallow:wrong@127.0.0.1:1"], ["fallow up", "credentials"]),
+    (["join", "nats://fallow:right@127.0.0.1:1"], ["invitation", "fallow invite"]),
+    (["join"], ["invitation", "fallow invite"]),
+    (["join", "fallow1-AAAA"], ["invitation"]),
+    (["join", "fallow1-AAAA", "--memory", "plenty"], ["node.memory_bytes", "plenty", "a flag"]),
+    (["invite"], ["fallow up"]),
+    (["revoke", "desk", "--why", "sold", "--yes"], ["fallow up"]),
+    (["audit", "verify"], ["fallow up"]),
+    (["up", "--insecure-development", "--host", "0.0.0.0"], ["loopback", "0.0.0.0"]),
+    (["up", "--api-host", "0.0.0.0"], ["gateway.host", "fallow key create"]),
+    (["chat", "--url", "http://127.0.0.1:1", "hello"], ["127.0.0.1:1", "fallow up"]),
+    (["key", "create", 'a"b'], ["id"]),
+]
+
+
+@pytest.fixture(scope="module")
+def failed(tmp_path_factory: pytest.TempPathFactory) -> list[Done]:
+    """Each of `FAILURES`, in a folder of its own."""
+
+    def fail(case: tuple[list[str], Path]) -> Done:
+        arguments, folder = case
+        return fallow(*arguments, env={"FALLOW_STATE_DIR": str(folder)}, cwd=folder)
+
+    return side_by_side(fail, [(arguments, tmp_path_factory.mktemp("failure")) for arguments, _ in FAILURES])
+
+
+@pytest.mark.parametrize("index", range(len(FAILURES)), ids=["-".join(arguments[:2]) for arguments, _ in FAILURES])
+def test_a_failure_is_one_sentence_and_status_1(failed: list[Done], index: int) -> None:
+    done, words = failed[index], FAILURES[index][1]
     assert done.returncode == 1
     assert done.stderr.startswith("fallow: ")
     assert "Traceback" not in done.stderr
@@ -182,20 +213,6 @@ def test_a_taken_port_is_named(tmp_path: Path, split_service: LocalService) -> N
     assert "--port" in done.stderr
 
 
-def test_a_device_joins_works_and_leaves_politely(tmp_path: Path, store: Path) -> None:
-    with service(tmp_path, store) as running:
-        pid = running.join("guest", "--memory", "1GiB")
-        running.wait_until_servable()
-        again = fallow("join", "--state-dir", str(tmp_path / "joined" / "guest"))
-        assert again.returncode == 1
-        assert "--state-dir" in again.stderr
-        os.kill(pid, signal.SIGTERM)
-        running.wait_for(lambda fleet: not [beat for beat in fleet.nodes if beat.name == "guest"], 10, "its goodbye")
-        words = (tmp_path / "guest.output").read_text()
-        assert "has joined" in words
-        assert "Leaving" in words
-
-
 def test_secrets_are_on_no_command_line_and_in_no_open_file(split_service: LocalService) -> None:
     """The keys of the network and of everybody in it, as bytes and as hex; and no invitation on a command line."""
     state = split_service.state_dir
@@ -232,62 +249,98 @@ def test_the_coordinator_may_die_during_an_answer(split_service: LocalService) -
     assert split_service.child_pid("coordinator") != pid
 
 
-def test_api_keys_of_the_file_are_asked_for(tmp_path: Path, store: Path) -> None:
-    made = fallow("key", "create", "alice")
-    settings = made.stderr[made.stderr.index("[[gateway.keys]]") :]
-    with service(tmp_path, store, settings=settings) as running:
-        url = f"{running.api_url}/v1/models"
-        assert httpx.get(url).status_code == 401
-        good = httpx.get(url, headers={"authorization": f"Bearer {made.stdout.strip()}"})
-        assert good.status_code == 200
-        assert httpx.get(url, headers={"authorization": "Bearer fallow-wrong"}).status_code == 401
-
-
-def test_models_added_later_are_served_and_removed_ones_are_not(tmp_path: Path) -> None:
-    checkpoint = Path(__file__).parents[1] / "fixtures" / "families" / "llama"
-    with service(tmp_path, None, "--no-default-model") as running:
-        state = {"FALLOW_STATE_DIR": str(running.state_dir)}
-        assert httpx.get(f"{running.api_url}/v1/models").json()["data"] == []
-        added = fallow("model", "add", str(checkpoint), "--name", "tiny", "-q", "f32", env=state)
-        assert added.returncode == 0, added.stderr
-        running.wait_for(
-            lambda fleet: [entry.name for entry in fleet.models] == ["tiny"], 10, "the model's announcement"
-        )
-        assert "tiny" in fallow("model", "list", env=state).stdout
-        assert fallow("model", "remove", "tiny", env=state).returncode == 0
-        running.wait_for(lambda fleet: not fleet.models, 10, "the model's removal")
-
-
-def test_stopping_leaves_nothing_behind(tmp_path: Path, store: Path) -> None:
-    running = LocalService(tmp_path, ["--nodes", "1", "--memory", "1GiB"], store=store)
-    running.start()
-    try:
-        running.wait_until_servable()
-        up = psutil.Process(running.pid)
-        family = [up, *up.children(recursive=True)]
-        assert len(family) >= 5  # bus, coordinator, gateway, agent, worker
-    finally:
-        began_s = time.monotonic()
-        running.stop()
+def test_stopping_leaves_nothing_behind(split_service: LocalService) -> None:
+    """It ends the service: the last test that uses it."""
+    up = psutil.Process(split_service.pid)
+    family = [up, *up.children(recursive=True)]
+    assert len(family) >= 11  # `up`, bus, two coordinators, gateway, and an agent and a worker of each of three devices
+    began_s = time.monotonic()
+    split_service.stop()
     assert time.monotonic() - began_s < 15
     assert not [process for process in family if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
-    assert not (running.state_dir / "up.json").exists()
+    assert not (split_service.state_dir / "up.json").exists()
 
 
-def test_nothing_outlives_a_killed_supervisor(tmp_path: Path, store: Path) -> None:
-    with LocalService(tmp_path, ["--nodes", "1", "--memory", "1GiB"], store=store) as running:
-        running.wait_until_servable()
-        family = psutil.Process(running.pid).children(recursive=True)
-        os.kill(running.pid, signal.SIGKILL)
-        _, alive = psutil.wait_procs(family, timeout=10)
-        assert not alive
+# --- a service that asks for keys, with a model that was added while it ran ------------------------------
+
+
+class Small(NamedTuple):
+    """One device, no model at first."""
+
+    service: LocalService
+    key: str
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return {"FALLOW_STATE_DIR": str(self.service.state_dir)}
+
+    def get_models(self, key: str | None) -> httpx.Response:
+        headers = {} if key is None else {"authorization": f"Bearer {key}"}
+        return httpx.get(f"{self.service.api_url}/v1/models", headers=headers, trust_env=False)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Small]:
+    made = fallow("key", "create", "alice")
+    settings = made.stderr[made.stderr.index("[[gateway.keys]]") :]
+    folder = tmp_path_factory.mktemp("small")
+    with service(folder, None, "--no-default-model", "--nodes", "1", "--memory", "1GiB", settings=settings) as running:
+        yield Small(running, made.stdout.strip())
+
+
+@pytest.fixture(scope="module")
+def tiny(small: Small) -> str:
+    """A model that is added to a service that runs."""
+    assert small.get_models(small.key).json()["data"] == []
+    added = fallow("model", "add", str(FAMILIES / "llama"), "--name", "tiny", "-q", "f32", env=small.environment)
+    assert added.returncode == 0, added.stderr
+    small.service.wait_for(
+        lambda fleet: [entry.name for entry in fleet.models] == ["tiny"], 10, "the model's announcement"
+    )
+    return "tiny"
+
+
+def test_api_keys_of_the_file_are_asked_for(small: Small) -> None:
+    assert small.get_models(None).status_code == 401
+    assert small.get_models(small.key).status_code == 200
+    assert small.get_models("fallow-wrong").status_code == 401
+
+
+def test_a_device_joins_works_and_leaves_politely(small: Small, tiny: str) -> None:
+    running = small.service
+    pid = running.join("guest", "--memory", "1GiB")
+    running.wait_until_servable(copies=2)
+    again = fallow("join", "--state-dir", str(running.folder / "joined" / "guest"))
+    assert again.returncode == 1
+    assert "--state-dir" in again.stderr
+    os.kill(pid, signal.SIGTERM)
+    running.wait_for(lambda fleet: not [beat for beat in fleet.nodes if beat.name == "guest"], 10, "its goodbye")
+    words = (running.folder / "guest.output").read_text()
+    assert "has joined" in words
+    assert "Leaving" in words
+
+
+def test_models_added_later_are_served_and_removed_ones_are_not(small: Small, tiny: str) -> None:
+    small.service.wait_until_servable()
+    assert tiny in fallow("model", "list", env=small.environment).stdout
+    assert fallow("model", "remove", tiny, env=small.environment).returncode == 0
+    small.service.wait_for(lambda fleet: not fleet.models, 10, "the model's removal")
+
+
+def test_nothing_outlives_a_killed_supervisor(small: Small) -> None:
+    """It ends the service: the last test that uses it."""
+    family = psutil.Process(small.service.pid).children(recursive=True)
+    assert len(family) >= 5  # bus, coordinator, gateway, agent, worker
+    os.kill(small.service.pid, signal.SIGKILL)
+    _, alive = psutil.wait_procs(family, timeout=10)
+    assert not alive
 
 
 # --- models --------------------------------------------------------------------------------------
 
 
 def test_model_commands_from_add_to_remove(tmp_path: Path) -> None:
-    checkpoint = Path(__file__).parents[1] / "fixtures" / "families" / "qwen3"
+    checkpoint = FAMILIES / "qwen3"
     state = {"FALLOW_STATE_DIR": str(tmp_path)}
     added = fallow("model", "add", str(checkpoint), "--name", "tiny", env=state)
     assert added.returncode == 0, added.stderr

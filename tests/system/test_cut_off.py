@@ -19,7 +19,8 @@ from tests.system.networks import HUB_ADDRESS, Laboratory, needs_namespaces
 
 pytestmark = needs_namespaces()
 
-DEVICES = 4
+DEVICES = 3
+"""A chain of two, and one that takes the place of either."""
 READY_LIMIT_S = 120.0
 CHAIN_LIMIT_S = 20.0
 STALL_LIMIT_S = 15.0

@@ -20,8 +20,7 @@ QUIET_S = 1.0
 async def computing(world: HaltWorld, *stations: Station) -> None:
     """Until every one of them computes."""
     placing = await world.coordinate()
-    for station in stations:
-        accepted = await placing.place(station.config.name)
+    for accepted in await asyncio.gather(*(placing.place(station.config.name) for station in stations)):
         assert accepted.ok, accepted.message
     async with asyncio.timeout(60):
         while not all(station.results > 1 for station in stations):

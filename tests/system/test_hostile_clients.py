@@ -8,29 +8,21 @@ import asyncio
 import json
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
 import pytest
 
-from fallow.gateway.keys import new_key
 from fallow.gateway.server import ServerLimits
 from fallow.processes.local_service import LocalService
-from tests.system.harness import MODEL, Answer, ask, service
+from tests.system.harness import KEYS, MODEL, Answer, OneDevice, ask
 from tests.system.hostile import Neighbour, resident_bytes
 
-ONE_DEVICE = """
-local_nodes = 1
-[node]
-memory_bytes = "1GiB"
-"""
 QUESTION = "Name three colours and say why you like them."
-ANSWER_TOKENS = 32
+ANSWER_TOKENS = 16
 CONTEXT = 8192
-KEYS = {name: new_key() for name in ("neighbour", "rude", "newcomer")}
 ROOMY_TOKENS = 4000
 """More than half of what the device can hold at a time."""
 GROWTH_MAX_BYTES = 128 << 20
@@ -41,11 +33,8 @@ HEADERS_DUE_S = ServerLimits().header_timeout_s
 
 
 @pytest.fixture(scope="module")
-def fleet(tmp_path_factory: pytest.TempPathFactory, store: Path) -> Iterator[LocalService]:
-    keys = "\n".join(f'[[gateway.keys]]\nid = "{name}"\nsha256 = "{digest}"' for name, (_, digest) in KEYS.items())
-    with service(tmp_path_factory.mktemp("clients"), store, settings=ONE_DEVICE + keys) as running:
-        running.wait_until_servable()
-        yield running
+def fleet(one_device: OneDevice) -> LocalService:
+    return one_device.lend()
 
 
 @pytest.fixture(scope="module")
@@ -60,10 +49,17 @@ def before(fleet: LocalService, calm: Answer) -> dict[str, int]:
     return resident_bytes(fleet)
 
 
+@pytest.fixture(scope="module")
+def neighbour(fleet: LocalService, calm: Answer, before: dict[str, int]) -> Iterator[Neighbour]:
+    """It streams from the first rude client to the last."""
+    with Neighbour(fleet.api_url, KEYS["neighbour"][0], QUESTION, ANSWER_TOKENS, calm) as streaming:
+        yield streaming
+
+
 @pytest.fixture
-def undisturbed(fleet: LocalService, calm: Answer, before: dict[str, int]) -> Iterator[None]:
-    with Neighbour(fleet.api_url, KEYS["neighbour"][0], QUESTION, ANSWER_TOKENS, calm):
-        yield
+def undisturbed(fleet: LocalService, neighbour: Neighbour, before: dict[str, int]) -> Iterator[None]:
+    yield
+    neighbour.check()
     after = resident_bytes(fleet)
     assert after.keys() == before.keys(), "a process ended or was started"
     assert not [name for name, size in before.items() if after[name] - size > GROWTH_MAX_BYTES]
@@ -133,8 +129,11 @@ def test_a_wrong_key_is_refused(fleet: LocalService, undisturbed: None, key: str
         assert (reply.status_code, reply.json()["error"]["code"]) == (401, "invalid_api_key")
 
 
-def test_slow_clients_are_dropped(fleet: LocalService, undisturbed: None) -> None:
-    """60 clients that send a header line now and then, for longer than headers may take."""
+@pytest.fixture(scope="module")
+def slow_clients(fleet: LocalService, neighbour: Neighbour) -> Iterator["Future[list[tuple[bytes, float]]]"]:
+    """60 clients that send a header line now and then, for longer than headers may take; other tests run meanwhile.
+
+    What each of them was answered, and after how many seconds."""
     address = urlsplit(fleet.api_url)
     head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n"
 
@@ -156,12 +155,11 @@ def test_slow_clients_are_dropped(fleet: LocalService, undisturbed: None) -> Non
     async def all_of_them() -> list[tuple[bytes, float]]:
         return await asyncio.gather(*(slow() for _ in range(SLOW_CLIENTS)))
 
-    for answer, lasted_s in asyncio.run(all_of_them()):
-        assert answer.startswith(b"HTTP/1.1 408 ") or answer == b""
-        assert HEADERS_DUE_S - 1 < lasted_s < HEADERS_DUE_S + 10
+    with ThreadPoolExecutor(1) as pool:
+        yield pool.submit(asyncio.run, all_of_them())
 
 
-def test_clients_that_hang_up_free_their_room(fleet: LocalService, undisturbed: None) -> None:
+def test_clients_that_hang_up_free_their_room(fleet: LocalService, slow_clients: object, undisturbed: None) -> None:
     def hang_up(index: int) -> None:
         body = CHAT | {"max_tokens": 2000, "stream": True, "temperature": 1, "seed": index}
         headers = {"authorization": f"Bearer {KEYS['rude'][0]}"}
@@ -181,6 +179,12 @@ def test_clients_that_hang_up_free_their_room(fleet: LocalService, undisturbed: 
     with ThreadPoolExecutor(HUNG_UP_CLIENTS) as pool:
         list(pool.map(hang_up, range(HUNG_UP_CLIENTS)))
     fleet.wait_for(at_rest, 30.0, "the room of clients that hung up")
+
+
+def test_slow_clients_are_dropped(slow_clients: "Future[list[tuple[bytes, float]]]", undisturbed: None) -> None:
+    for answer, lasted_s in slow_clients.result():
+        assert answer.startswith(b"HTTP/1.1 408 ") or answer == b""
+        assert HEADERS_DUE_S - 1 < lasted_s < HEADERS_DUE_S + 10
 
 
 def test_a_kept_conversation_makes_room_for_a_newcomers(fleet: LocalService, undisturbed: None) -> None:

@@ -23,40 +23,43 @@ from fallow.models.manifest import manifest_digest
 from fallow.models.store import Store
 from fallow.processes.local_service import LocalService
 from fallow.trust.council.publisher import publish_model
-from tests.system.harness import MODEL, Answer, ask, service
+from tests.system.harness import KEYS, MODEL, Answer, OneDevice, ask
 from tests.system.hostile import Neighbour
 
 SMALL = Path(__file__).parents[1] / "fixtures" / "families" / "llama"
 QUESTION = "Name three colours and say why you like them."
-ANSWER_TOKENS = 32
+ANSWER_TOKENS = 16
 REFUSED_LIMIT_S = 45.0
-ONE_DEVICE = """
-local_nodes = 1
-[node]
-memory_bytes = "1GiB"
-"""
+KEY = KEYS["neighbour"][0]
 
 
 @pytest.fixture(scope="module")
-def fleet(tmp_path_factory: pytest.TempPathFactory, store: Path) -> Iterator[LocalService]:
-    with service(tmp_path_factory.mktemp("models"), store, settings=ONE_DEVICE) as running:
-        running.wait_until_servable()
-        yield running
+def fleet(one_device: OneDevice) -> Iterator[LocalService]:
+    """Ended afterwards: its store is spoilt."""
+    yield one_device.lend()
+    one_device.end()
 
 
 @pytest.fixture(scope="module")
 def calm(fleet: LocalService) -> Answer:
-    answer = ask(fleet.api_url, QUESTION, ANSWER_TOKENS)
+    answer = ask(fleet.api_url, QUESTION, ANSWER_TOKENS, KEY)
     assert answer.error is None
     return answer
 
 
+@pytest.fixture(scope="module")
+def neighbour(fleet: LocalService, calm: Answer) -> Iterator[Neighbour]:
+    """It streams from the first lie to the last."""
+    with Neighbour(fleet.api_url, KEY, QUESTION, ANSWER_TOKENS, calm) as streaming:
+        yield streaming
+
+
 @pytest.fixture
-def undisturbed(fleet: LocalService, calm: Answer) -> Iterator[None]:
+def undisturbed(fleet: LocalService, neighbour: Neighbour) -> Iterator[None]:
     """The neighbour streams during the test, and the device's processes stay the same ones."""
     before = fleet.device_pids("node-1")
-    with Neighbour(fleet.api_url, None, QUESTION, ANSWER_TOKENS, calm):
-        yield
+    yield
+    neighbour.check()
     assert fleet.device_pids("node-1") == before
     logs = "".join(file.read_text(errors="replace") for file in fleet.state_dir.glob("logs/*"))
     assert "Traceback" not in logs
@@ -168,7 +171,7 @@ LIES: dict[str, tuple[Lie, tuple[str, ...]]] = {
 
 
 @pytest.fixture(scope="module")
-def refusals(fleet: LocalService, calm: Answer) -> dict[str, str]:
+def refusals(fleet: LocalService, neighbour: Neighbour) -> dict[str, str]:
     """All lies at once, and what the device said about each."""
     store = Store(fleet.state_dir / "models")
     honest = import_model(SMALL, store, name=ModelName("honest")).manifest
@@ -182,15 +185,15 @@ def refusals(fleet: LocalService, calm: Answer) -> dict[str, str]:
         publish_model(fleet.state_dir, store.manifest_bytes(digest), time.time())
     said: dict[str, str] = {}
     deadline_s = time.monotonic() + REFUSED_LIMIT_S
-    with Neighbour(fleet.api_url, None, QUESTION, ANSWER_TOKENS, calm):
-        while len(said) < len(LIES) and time.monotonic() < deadline_s:
-            for beat in fleet.status().nodes:
-                for hosted in beat.hosted:
-                    name = names.get(hosted.stage.model, "")
-                    assert not (name and hosted.status is StageStatus.READY), f"{name} was believed"
-                    if name and hosted.error is not None:
-                        said[name] = hosted.error
-            time.sleep(0.1)
+    while len(said) < len(LIES) and time.monotonic() < deadline_s:
+        for beat in fleet.status().nodes:
+            for hosted in beat.hosted:
+                name = names.get(hosted.stage.model, "")
+                assert not (name and hosted.status is StageStatus.READY), f"{name} was believed"
+                if name and hosted.error is not None:
+                    said[name] = hosted.error
+        time.sleep(0.1)
+    neighbour.check()
     return said
 
 
@@ -211,7 +214,8 @@ def test_an_honest_model_beside_them_is_served(
 ) -> None:
     """And asking for a model that is refused is a named error."""
     small = {"model": "honest", "prompt": [1, 2, 3], "max_tokens": 4, "temperature": 0}
-    with httpx.Client(base_url=fleet.api_url, timeout=30.0, trust_env=False) as client:
+    headers = {"authorization": f"Bearer {KEY}"}
+    with httpx.Client(base_url=fleet.api_url, headers=headers, timeout=30.0, trust_env=False) as client:
         deadline_s = time.monotonic() + REFUSED_LIMIT_S
         while (reply := client.post("/v1/completions", json=small)).status_code != httpx.codes.OK:
             assert time.monotonic() < deadline_s, reply.text
@@ -235,7 +239,11 @@ def test_a_manifest_that_the_disk_changed_is_not_served(
 
     fleet.wait_for(gone, 20.0, "the catalogue without the corrupt manifest")
     reply = httpx.post(
-        f"{fleet.api_url}/v1/completions", json={"model": "honest", "prompt": "a"}, timeout=30.0, trust_env=False
+        f"{fleet.api_url}/v1/completions",
+        json={"model": "honest", "prompt": "a"},
+        headers={"authorization": f"Bearer {KEY}"},
+        timeout=30.0,
+        trust_env=False,
     )
     assert reply.status_code in {httpx.codes.NOT_FOUND, httpx.codes.SERVICE_UNAVAILABLE}
     assert reply.json()["error"]["code"] in {"model_not_found", "no_capacity"}

@@ -9,8 +9,10 @@ import asyncio
 import contextlib
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import msgspec
 import numpy as np
@@ -63,6 +65,8 @@ from tests.system.hostile import (
     tenant,
 )
 
+T = TypeVar("T")
+
 TWO_HALVES = """
 local_nodes = 2
 [trust]
@@ -73,11 +77,13 @@ max_share = 0.7
 memory_bytes = "1GiB"
 """
 QUESTION = "Name three colours and say why you like them."
-ANSWER_TOKENS = 32
+ANSWER_TOKENS = 16
 KEYS = {name: new_key() for name in ("calm", "neighbour", "newcomer")}
 GROWTH_MAX_BYTES = 96 << 20
 """What a process may grow by over all attacks: buffers of links at their bounds, and KV cache in use."""
 RANDOM_SEED = 20_240_607
+AT_ONCE = 8
+"""Strangers that dial in the same moment; what happens when there are too many has tests of its own."""
 PROMPT = (1, 4093, 198, 1780, 314, 260, 3575, 282, 4649, 47)
 GREEDY_TOKENS = 6
 ROOM_TOKENS = 3000
@@ -114,11 +120,18 @@ def before(fleet: LocalService, calm: Answer) -> dict[str, int]:
     return resident_bytes(fleet)
 
 
+@pytest.fixture(scope="module")
+def neighbour(fleet: LocalService, calm: Answer, before: dict[str, int]) -> Iterator[Neighbour]:
+    """It streams from the first attack to the last."""
+    with Neighbour(fleet.api_url, KEYS["neighbour"][0], QUESTION, ANSWER_TOKENS, calm) as streaming:
+        yield streaming
+
+
 @pytest.fixture
-def undisturbed(fleet: LocalService, calm: Answer, before: dict[str, int]) -> Iterator[None]:
+def undisturbed(fleet: LocalService, neighbour: Neighbour, before: dict[str, int]) -> Iterator[None]:
     """The neighbour streams during the test; afterwards everything is as it was."""
-    with Neighbour(fleet.api_url, KEYS["neighbour"][0], QUESTION, ANSWER_TOKENS, calm):
-        yield
+    yield
+    neighbour.check()
     after = resident_bytes(fleet)
     assert after.keys() == before.keys(), "a process ended or was started"
     grown = {name: after[name] - size for name, size in before.items() if after[name] - size > GROWTH_MAX_BYTES}
@@ -132,6 +145,17 @@ def undisturbed(fleet: LocalService, calm: Answer, before: dict[str, int]) -> It
 def sockets() -> Path:
     """Where the user's processes meet: a stranger with a socket elsewhere would not even dial."""
     return socket_folder()
+
+
+async def few_at_once(talks: Sequence[Callable[[], Awaitable[T]]]) -> list[T]:
+    """What they return, in their order; `AT_ONCE` run at a time."""
+    places = asyncio.Semaphore(AT_ONCE)
+
+    async def in_turn(talk: Callable[[], Awaitable[T]]) -> T:
+        async with places:
+            return await talk()
+
+    return await asyncio.gather(*(in_turn(talk) for talk in talks))
 
 
 def victim_of(targets: Targets, name: str) -> PeerAddress:
@@ -186,11 +210,10 @@ def test_garbage_ends_its_own_link_with_words(
             return await farewell(link)
 
     async def scenario() -> dict[str, str]:
-        said = {}
-        for name, (data, _) in GARBAGE.items():
-            said[name] = await words_for(data)
-            said[f"{name}, after a hello"] = await words_for(HELLO_BYTES + data)
-        return said
+        sent = {name: data for name, (data, _) in GARBAGE.items()}
+        sent |= {f"{name}, after a hello": HELLO_BYTES + data for name, data in sent.items()}
+        words = await few_at_once([partial(words_for, data) for data in sent.values()])
+        return dict(zip(sent, words, strict=True))
 
     said = asyncio.run(scenario())
     for name, (_, expected) in GARBAGE.items():
@@ -217,18 +240,23 @@ def test_torn_and_mutated_frames(
         encode(Frame(Result(session=new_session(), epoch=1, position=0, count=1, logit_count=1, k=1), b"\0" * 8)),
     ]
 
+    def mutated() -> bytes:
+        frame = bytearray(chance.choice(good))
+        for _ in range(chance.randint(1, 4)):
+            frame[chance.randrange(len(frame))] = chance.randrange(256)
+        return bytes(frame)
+
+    async def greet_and_say(frame: bytes) -> None:
+        async with dialled(address, transport, sockets) as link:
+            put(link, HELLO_BYTES + frame)
+            with contextlib.suppress(LinkClosed):
+                await link.receive()
+
     async def scenario() -> None:
         for cut in (1, 7, 8, 9, len(HELLO_BYTES) - 1):
             async with dialled(address, transport, sockets) as link:
                 put(link, HELLO_BYTES[:cut])
-        for _ in range(100):
-            frame = bytearray(chance.choice(good))
-            for _ in range(chance.randint(1, 4)):
-                frame[chance.randrange(len(frame))] = chance.randrange(256)
-            async with dialled(address, transport, sockets) as link:
-                put(link, HELLO_BYTES + bytes(frame))
-                with contextlib.suppress(LinkClosed):
-                    await link.receive()
+        await few_at_once([partial(greet_and_say, mutated()) for _ in range(100)])
         # One big frame that never ends: what was announced is legal, and holds only what came.
         async with dialled(address, transport, sockets) as link:
             put(link, HELLO_BYTES + PREFIX.pack(MAX_FRAME_BYTES, 100) + b"x" * 1000)
@@ -504,7 +532,7 @@ def test_rows_that_wait_are_bounded_in_number_and_bytes(targets: Targets, undist
             state = await stranger.open(targets.first, targets, session)
             assert isinstance(state, StageState)
             for epoch in (1, 2, 1 << 50):
-                for _ in range(40):  # 40 x 16 MB for each epoch
+                for _ in range(12):  # 12 x 16 MB for each epoch, three times what may wait
                     await stranger.say(targets.first.address, rows(session, 0, 1, epoch), bytes(16 << 20))
                 for position in range(0, 80 * 256, 256):
                     await stranger.say(targets.first.address, rows(session, position, 256, epoch), b"\0" * 1024)

@@ -15,7 +15,7 @@ What opens, repairs and rewinds a session is always the same three steps: `OpenS
 """
 
 from enum import StrEnum
-from typing import ClassVar
+from typing import ClassVar, Final
 
 import msgspec
 
@@ -208,6 +208,10 @@ class Result(Header, frozen=True, kw_only=True, tag="result"):
     count: int
     logit_count: int
     k: int | None
+
+
+LEAVING: Final = "leaving"
+"""The code of a device that takes no new sessions and asks for its own to be moved."""
 
 
 class Fault(Header, frozen=True, kw_only=True, tag="fault"):

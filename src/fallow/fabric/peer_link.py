@@ -126,7 +126,8 @@ class PeerLink:
         nonce = self._ping()
         pong = self._pongs[nonce] = asyncio.get_running_loop().create_future()
         try:
-            return await asyncio.wait_for(pong, timeout_s)
+            async with asyncio.timeout(timeout_s):
+                return await pong
         except TimeoutError:
             return self.link.bytes_received > bytes_before
         finally:

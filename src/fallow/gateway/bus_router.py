@@ -4,7 +4,8 @@ Rules
 - Nothing is asked while this gateway may not work. A coordinator that may not says so, in the council's words.
 - A kept hop is named without its grant: the coordinator gives new ones for the whole chain.
 - Whose numbers were refused here goes with the next request (`accusations.py`).
-- A route is what a coordinator signed: a hop whose grant is not for it, and for us, is not dialled.
+- A route is what a coordinator signed: a hop whose grant is not for it, and for us, is not dialled. An answer that
+  cannot be read, or is not signed, is no route, and ends nothing: whoever asked may ask again.
 """
 
 from collections.abc import Sequence
@@ -39,7 +40,7 @@ class BusRouter:
         self, model: Digest, session: SessionId, reserve_tokens: int, exclude: frozenset[NodeId], keep: Sequence[Hop],
         rebuild_tokens: int,
     ) -> tuple[Hop, ...]:  # fmt: skip
-        """As `Router` says; raises `NotWorking` and `GrantRefused` besides."""
+        """As `Router` says."""
         require_working(self._lease)
         accused = self._accusations.waiting()
         request = RouteRequest(
@@ -54,14 +55,20 @@ class BusRouter:
         )
         answer = await self._questions.ask(self._subjects.route(self._origin), msgspec.json.encode(request))
         self._accusations.told(accused)
-        reply = msgspec.json.decode(answer, type=RouteReply)
+        try:
+            reply = msgspec.json.decode(answer, type=RouteReply)
+        except msgspec.DecodeError as error:
+            raise NoRoute(f"The coordinator's answer cannot be read: {error}") from error
         if not reply.hops:
             raise _refusal(reply)
         grants = reply.grants or (b"",) * len(reply.hops)
         if len(grants) != len(reply.hops):
             raise NoRoute(f"The coordinator gave {len(grants)} grants for {len(reply.hops)} devices.")
-        for hop, leave in zip(reply.hops, grants, strict=True):
-            self._routes.check(request, hop, leave)
+        try:
+            for hop, leave in zip(reply.hops, grants, strict=True):
+                self._routes.check(request, hop, leave)
+        except GrantRefused as error:
+            raise NoRoute(f"What came as a chain is not what a coordinator signed: {error.message}") from error
         return tuple(msgspec.structs.replace(hop, grant=leave) for hop, leave in zip(reply.hops, grants, strict=True))
 
 

@@ -8,7 +8,9 @@ Rules
 - A repair that finds no chain waits for one, `REPAIR_TIMEOUT_S` at most, so that a device that appears is used; then
   the client gets `NoRoute`.
 - A device that says that it leaves still serves for a while: the chain's owner may move the conversation meanwhile
-  (`moves.py`); otherwise it is repaired at once.
+  (`moves.py`); otherwise it is repaired at once. Before every repair the owner is asked whether it has a better chain.
+- A chain that gets nowhere is asked where it stands, then does without whoever holds it up, and ends (`progress.py`).
+- Flows go to the last stage first: whoever is told to send finds that its rows are expected.
 - What lives keeps its caches, so a repair may come to a device again, for what another lost (`flows.py`).
 - Prompt rows in flight are bounded: `WINDOW_ROWS` beyond the last result.
 
@@ -17,29 +19,18 @@ It does not sample, render text or speak HTTP.
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
-from typing import Final
+from collections.abc import Callable, Sequence, Set
 
 import numpy as np
 
-from fallow.domain.charter import Standing
 from fallow.domain.clock import Clock
-from fallow.domain.errors import (
-    BusTimeout,
-    BusUnavailable,
-    FallowError,
-    GrantRefused,
-    KvExhausted,
-    NoRoute,
-    PassportRefused,
-    StageRefused,
-)
+from fallow.domain.errors import EngineLost, GrantRefused, KvExhausted, NoRoute, PassportRefused, StageRefused
 from fallow.domain.fleet import Hop
 from fallow.domain.frames import (
+    LEAVING,
     CloseSession,
     Fault,
     Frame,
-    OpenStage,
     PeerAddress,
     Phase,
     Refused,
@@ -49,34 +40,22 @@ from fallow.domain.frames import (
 )
 from fallow.domain.ids import Digest, NodeId, SessionId
 from fallow.fabric.peers import Peers
-from fallow.gateway.contract import Candidates, Meanwhile, Router
+from fallow.gateway.contract import NOT_NOW, Candidates, Meanwhile, Router
 from fallow.gateway.feeding import WINDOW_ROWS, rows_to_feed
-from fallow.gateway.flows import flows, layers_anew, left_behind, positions, stage_of
+from fallow.gateway.flows import flows, layers_anew, left_behind, openings, positions, stage_of
 from fallow.gateway.lost_devices import Avoided
+from fallow.gateway.opening import AVOID_ENGINE_S, AVOID_S, OPEN_TIMEOUT_S, Answers, GrantsRefused
+from fallow.gateway.ownership import Owner, Superseded
+from fallow.gateway.progress import AVOID_STALLED_S, STALLS_MAX, STALLS_OF_ALL, STALLS_OF_SOMEBODY, Progress
 from fallow.gateway.results import ReadResult, last_candidates
+from fallow.gateway.sending import Unreached, reach, send
 from fallow.gateway.waker import Waker
-from fallow.policy.recovery import Rewind, plan_recovery, with_rewind
+from fallow.policy.recovery import Rewind, first_behind, plan_recovery, with_rewind
 
-OPEN_TIMEOUT_S = 3.0
-"""How long a stage may take to answer `OpenStage`; it first finishes what it computes."""
-DIAL_PATIENCE_S = 1.0
-"""How long a chain waits for a link to a device that it needs. The dial itself goes on: another chain may use it."""
 REPAIR_TIMEOUT_S = 30.0
 REPAIR_RETRY_S = 0.1
-AVOID_S = 8.0
-"""How long a session avoids a device that it lost; longer than the coordinator takes to notice, so that it is not
-dialled again meanwhile."""
-AVOID_ENGINE_S = 1.0
-"""The same for a device that lives and refuses, or whose worker died: it may be the only one, and serve again soon."""
-AVOID_FULL_S = 0.2
-"""The same for a device that had no room: it may have some once a kept conversation has made way."""
-STALL_TIMEOUT_S = 15.0
-"""Without any progress for so long, the chain is asked where it stands even though every link lives. That voids the
-rows under way, so one that is being rebuilt has `REBUILD_ROW_S` more for each of them."""
-REBUILD_ROW_S = 0.02
-
-_REFUSES_LONG: Final = frozenset({"link_closed", GrantRefused.code, *Standing})
-"""Codes of refusals that last: nobody answers, the device's clock is wrong, or it may not work."""
+ROOM_HEARD_S = 1.2
+"""When the coordinator has heard of room that was made: devices report once a second."""
 
 log = logging.getLogger(__name__)
 
@@ -94,11 +73,9 @@ class Chain:
         router: Router,
         clock: Clock,
         on_event: Callable[[str], None],
-        on_unreached: Callable[[NodeId], None] = lambda _: None,
-        on_leaving: Callable[["Chain", NodeId], bool] = lambda *_: False,
+        owner: Owner | None = None,
         read: ReadResult = last_candidates,
     ) -> None:
-        """`on_leaving` hears of a device of the chain that is about to go, and says whether its owner sees to that."""
         self.session = session
         self.model = model
         self.top_k = top_k
@@ -115,9 +92,10 @@ class Chain:
         self._router = router
         self._clock = clock
         self._on_event = on_event
-        self._on_unreached = on_unreached
-        self._on_leaving = on_leaving
+        self._owner = owner or Owner()
         self._read = read
+        self._flows = False
+        """Its stages are open, and have their flows."""
         self._epoch = 0
         self._fed = 0
         self._fed_once = 0
@@ -127,12 +105,13 @@ class Chain:
         self._candidates: Candidates | None = None
         self._trouble: str | None = None
         self._avoided = Avoided(clock)
-        self._refused: set[NodeId] = set()
-        """Devices that did not take a grant; one that takes none again is avoided."""
+        self._grants_refused = GrantsRefused()
         self._waker = Waker()
-        self._states: dict[tuple[NodeId, SessionId], StageState | Refused] = {}
-        self._progress_at_s = clock.monotonic_s()
-        self._patience_s = STALL_TIMEOUT_S
+        self._answers = Answers(0, ())
+        self._progress = Progress(clock)
+        self._behind: NodeId | None = None
+        """Who held the chain up when it was asked last."""
+        self._room_heard_s = 0.0
         self._rebuilt_to = 0
         """So many tokens were there when it was opened last."""
 
@@ -141,7 +120,7 @@ class Chain:
     async def establish(self, keep_tokens: int = 0) -> None:
         """Open the chain, keeping the first `keep_tokens` tokens of an earlier turn.
 
-        Raises `NoRoute`, `KvExhausted`, or a bus error, when it cannot be opened at once.
+        Raises what is in `NOT_NOW`, when it cannot be opened at once.
         """
         self.tokens = self.tokens[:keep_tokens]
         self._phases = self._phases[:keep_tokens]
@@ -154,15 +133,23 @@ class Chain:
 
     async def advance(self, tokens: Sequence[int], phase: Phase, meanwhile: Meanwhile | None = None) -> Candidates:
         """Append tokens, all to be computed in one phase; the distribution after the last one. `meanwhile` is done
-        once they are on their way. Repairs the chain as often as it must.
+        once they are on their way.
 
-        Raises `NoRoute` when no chain was found within `REPAIR_TIMEOUT_S`, and what `meanwhile` raises.
+        Raises as `outcome`, and what `meanwhile` raises.
         """
         self.append(tokens, [phase] * len(tokens))
         if meanwhile is not None:
             await self._feed()
             await asyncio.sleep(0)  # links write at the end of a pass
             await meanwhile()
+        return await self.outcome()
+
+    async def outcome(self) -> Candidates:
+        """The distribution after the last token. Repairs the chain as often as it must.
+
+        Raises `NoRoute` when no chain was found within `REPAIR_TIMEOUT_S`, or none that computes; `NotWorking` when
+        this gateway may not work; `Superseded` when its owner goes on with another chain.
+        """
         await self.settle()
         assert self._candidates is not None, "results are complete, so the last one came with its logits"
         return self._candidates
@@ -171,21 +158,28 @@ class Chain:
         """Add tokens, each with the phase that it is computed in; `settle` computes them."""
         self.tokens.extend(tokens)
         self._phases.extend(phases)
-        self._candidates = None
-        self._progress_at_s = self._clock.monotonic_s()
+        if tokens:
+            self._candidates = None
+        self._progress.begins()
 
     def since(self, position: int) -> tuple[list[int], list[Phase]]:
         """The conversation from a position on, as `append` takes it."""
         return self.tokens[position:], self._phases[position:]
 
     async def settle(self) -> None:
-        """Have everything computed. Raises as `advance`."""
+        """Have everything computed. Raises as `outcome`."""
         while self._received < len(self.tokens):
             if self._trouble is not None:
                 await self._repair()
             await self._feed()
             if self._trouble is None and self._received < len(self.tokens):
                 await self._waker.sleep()
+
+    def ask_for_room(self) -> None:
+        """Have the owner free what this chain needs; not again before the coordinator has heard of it."""
+        now_s = self._clock.monotonic_s()
+        if now_s >= self._room_heard_s and self._owner.make_room(self.reserve_tokens):
+            self._room_heard_s = now_s + ROOM_HEARD_S
 
     def close(self) -> None:
         """Free the session everywhere. Idempotent."""
@@ -200,6 +194,16 @@ class Chain:
         """Its devices in order, each with the session's name there."""
         return tuple(stage_of(self.session, hop) for hop in self.hops)
 
+    def rows_ready(self) -> int | None:
+        """How many leading rows of its conversation are computed; `None` while it is not open, or broken."""
+        return self._received if self._flows and not self.broken else None
+
+    def layers_lost(self, leaving: Set[NodeId]) -> tuple[int, int]:
+        """Its layers on devices that are avoided, or leave; and all."""
+        lost = leaving | self._avoided.now()
+        gone = sum(hop.span.layer_count for hop in self.hops if hop.address.node in lost)
+        return gone, sum(hop.span.layer_count for hop in self.hops)
+
     # --- what arrives --------------------------------------------------------------------------
 
     def on_frame(self, peer: NodeId, frame: Frame) -> None:
@@ -209,20 +213,22 @@ class Chain:
             if (peer, header.session) in self.stages()[-1:] and header.epoch == self._epoch:
                 self._on_result(header, frame.payload)
         elif isinstance(header, StageState | Refused):
-            if header.epoch == self._epoch and (peer, header.session) in self.stages():
-                self._states[peer, header.session] = header
+            if self._answers.take(peer, header):
                 self._waker.wake()
         elif isinstance(header, Fault) and peer in self.nodes():
-            if header.code == "leaving" and not self.broken and self._on_leaving(self, peer):
-                self.avoid(peer)
-                return
-            # `leaving` and its like are about the sender; otherwise the sender says whom it suspects.
-            suspect: NodeId | None = peer if header.suspect is None else header.suspect
-            if header.code == GrantRefused.code:
-                suspect = None  # another grant will do
-            if header.epoch == self._epoch or header.code in ("leaving", "engine_lost"):
-                avoid_s = AVOID_ENGINE_S if header.code == "engine_lost" else AVOID_S
-                self.in_trouble(f"{header.code}: {header.message}", suspect, avoid_s)
+            self._on_fault(peer, header)
+
+    def _on_fault(self, peer: NodeId, fault: Fault) -> None:
+        if fault.code == LEAVING and not self.broken and self._owner.leaving(self, peer):
+            return
+        if fault.epoch != self._epoch and fault.code not in (LEAVING, EngineLost.code):
+            return
+        # `leaving` and its like are about the sender; otherwise the sender says whom it suspects.
+        suspect: NodeId | None = peer if fault.suspect is None else fault.suspect
+        if fault.code == GrantRefused.code:
+            suspect = None if self.broken else self._grants_refused.blame(peer)
+        avoid_s = AVOID_ENGINE_S if fault.code == EngineLost.code else AVOID_S
+        self.in_trouble(f"{fault.code}: {fault.message}", suspect, avoid_s)
 
     def in_trouble(self, reason: str, suspect: NodeId | None, avoid_s: float = AVOID_S) -> None:
         """Note that the chain needs repair, and whom to avoid."""
@@ -238,26 +244,24 @@ class Chain:
 
     def check_stall(self) -> None:
         """Called at an interval: without progress on live links, ask the chain where it stands."""
-        waiting = self._received < len(self.tokens)
-        if waiting and self._clock.monotonic_s() - self._progress_at_s > self._patience_s:
-            self._progress_at_s = self._clock.monotonic_s()
-            self.in_trouble(f"no progress for {self._patience_s:.0f} s", None)
+        patience_s = self._progress.patience_s
+        if self._received < len(self.tokens) and not self.broken and self._progress.stalled():
+            suspect = self._behind if self._progress.stalls >= STALLS_OF_SOMEBODY else None
+            self.in_trouble(f"no progress for {patience_s:.0f} s", suspect, AVOID_STALLED_S)
 
     def _on_result(self, header: Result, payload: bytes | bytearray | memoryview) -> None:
         end = header.position + header.count
         if end <= self._received or end > len(self.tokens):
             return
-        self._progress_at_s = self._clock.monotonic_s()
         if end == len(self.tokens):
-            if header.logit_count == 0:
-                self.in_trouble("a result without the logits that were asked for", self.hops[-1].address.node)
-                return
-            candidates = self._read(header, payload)
+            candidates = self._read(header, payload) if header.logit_count else None
             if candidates is None:
                 self.in_trouble("a result that cannot be read", self.hops[-1].address.node)
                 return
             self._candidates = candidates
         self._received = end
+        self._progress.came()
+        self._grants_refused.forget()
         self._waker.wake()
 
     # --- feeding -------------------------------------------------------------------------------
@@ -274,57 +278,60 @@ class Chain:
             payload = np.asarray(self.tokens[self._fed : self._fed + count], np.int32).tobytes()
             self._fed += count
             self._fed_once = max(self._fed_once, self._fed)
-            await self._send(self.hops[0].address, Frame(rows, payload))
+            self._sent(await send(self._peers, self.hops[0].address, Frame(rows, payload)))
 
-    async def _send(self, address: PeerAddress, frame: Frame) -> None:
-        if self._peers.post(address.node, frame):
-            return
-        try:
-            await self._peers.send(address, frame)
-        except FallowError as error:
-            self._on_unreached(address.node)
-            self.in_trouble(f"{error.code}: {error.message}", address.node)
-
-    async def _reach(self, address: PeerAddress, frame: Frame) -> None:
-        """Send to a device that may have to be dialled first."""
-        if self._peers.post(address.node, frame):
-            return
-        try:
-            async with asyncio.timeout(DIAL_PATIENCE_S):
-                await self._send(address, frame)
-        except TimeoutError:
-            self._on_unreached(address.node)
-            reason = f"{address.node[:8]} was not reached in {DIAL_PATIENCE_S:g} s"
-            self.in_trouble(reason, address.node, AVOID_ENGINE_S)
+    def _sent(self, unreached: Unreached | None) -> None:
+        """A frame was sent; note whom it did not get to."""
+        if unreached is not None:
+            self._owner.unreached(unreached.node)
+            self.in_trouble(unreached.reason, unreached.node, unreached.avoid_s)
 
     # --- opening and repairing -----------------------------------------------------------------
 
     async def _repair(self) -> None:
-        """Find a chain again and let it flow. Raises `NoRoute` after `REPAIR_TIMEOUT_S`."""
+        """Find a chain again and let it flow. Raises as `outcome`."""
         started_s = self._clock.monotonic_s()
         reason = self._trouble
+        self._require_use()
         self._on_event(f"session {self.session[:8]}: repairing after {reason}")
         while True:
             self._trouble = None
             try:
-                avoided = self._avoided.now()
-                anew = await self._connect(keep=[hop for hop in self.hops if hop.address.node not in avoided])
+                anew = await self._connect(self._hops_to_keep())
                 break
-            except (NoRoute, KvExhausted, StageRefused, BusTimeout, BusUnavailable) as error:
+            except NOT_NOW as error:
                 waited_s = self._clock.monotonic_s() - started_s
                 if waited_s > REPAIR_TIMEOUT_S:
                     message = f"The chain broke ({reason}) and none was found in {waited_s:.0f} s: {error.message}"
                     raise NoRoute(message) from error
+                if isinstance(error, KvExhausted):
+                    self.ask_for_room()
                 if error.message != reason:
                     reason = error.message
                     self._on_event(f"session {self.session[:8]}: no chain yet: {reason}")
                 await self._clock.sleep(REPAIR_RETRY_S)
+                self._require_use()
         self.repairs += 1
         self.broken = False
-        self._progress_at_s = self._clock.monotonic_s()
-        took_ms = 1000 * (self._progress_at_s - started_s)
+        self._progress.begins()
+        took_ms = 1000 * (self._clock.monotonic_s() - started_s)
         how = f"repaired in {took_ms:.0f} ms over {self.describe()}, {anew} layers anew"
         self._on_event(f"session {self.session[:8]}: {how}")
+
+    def _require_use(self) -> None:
+        """Raises when to repair this chain is of no use."""
+        if self._owner.superseded(self):
+            raise Superseded
+        self._owner.require_working()
+        if self._progress.stalls >= STALLS_MAX:
+            raise NoRoute(f"Devices answered and computed nothing, {self._progress.stalls} times in a row.")
+
+    def _hops_to_keep(self) -> Sequence[Hop]:
+        """Those that live; none of a chain that got nowhere again and again."""
+        if self._progress.stalls >= STALLS_OF_ALL:
+            return ()
+        avoided = self._avoided.now()
+        return [hop for hop in self.hops if hop.address.node not in avoided]
 
     def describe(self) -> str:
         return " > ".join(f"{hop.address.node[:8]}{hop.span}" for hop in self.hops)
@@ -340,56 +347,47 @@ class Chain:
         self.hops = hops
         self.granted_s = self._clock.monotonic_s()
         self._epoch += 1
-        self._states = {}
+        self._flows = False
         states = await self._open_stages(hops)
+        self._behind = hops[first_behind(self._fed, [state.position for state in states])].address.node
         stages = positions(states, self._fed_once, self._rewinds)
         plan = plan_recovery(self._received, stages)
-        for hop, flow in zip(hops, flows(self.session, self._epoch, hops, plan, self._received), strict=True):
-            await self._send(hop.address, Frame(flow))
+        told = zip(hops, flows(self.session, self._epoch, hops, plan, self._received), strict=True)
+        for hop, flow in reversed(list(told)):
+            self._sent(await send(self._peers, hop.address, Frame(flow)))
+        self._flows = True
         self._fed = plan.feed_from
-        rebuilt = len(self.tokens) - min(plan.feed_from, *(stage.forward_from for stage in plan.stages))
-        self._patience_s = STALL_TIMEOUT_S + REBUILD_ROW_S * rebuilt
+        self._progress.rebuilds(len(self.tokens) - min(plan.feed_from, *(s.forward_from for s in plan.stages)))
         self._rebuilt_to = len(self.tokens)
         return layers_anew(hops, stages, self._received)
 
     async def _open_stages(self, hops: Sequence[Hop]) -> list[StageState]:
         """Every stage's state at this epoch. Raises `KvExhausted` or `StageRefused`, having noted whom to avoid."""
-        opening = [
-            OpenStage(
-                session=name, epoch=self._epoch, model=self.model, span=hop.span, grant=hop.grant,
-                reserve_tokens=self.reserve_tokens) for hop, (_, name) in zip(hops, self.stages(), strict=True)
-        ]  # fmt: skip
-        await asyncio.gather(*(self._reach(hop.address, Frame(o)) for hop, o in zip(hops, opening, strict=True)))
+        answers = self._answers = Answers(self._epoch, self.stages())
+        opening = openings(self.session, self._epoch, hops, self.model, self.reserve_tokens)
+        await asyncio.gather(*(self._open(hop.address, Frame(o)) for hop, o in zip(hops, opening, strict=True)))
         deadline_s = self._clock.monotonic_s() + OPEN_TIMEOUT_S
-        while len(self._states) < len(hops) and self._trouble is None:
+        while not answers.complete and self._trouble is None:
             remaining_s = deadline_s - self._clock.monotonic_s()
             if remaining_s <= 0:
                 break
             await self._waker.sleep(remaining_s)
-        states: list[StageState] = []
-        for hop in hops:
-            node = hop.address.node
-            answer = self._states.get(stage_of(self.session, hop))
-            if isinstance(answer, StageState):
-                self._require_device(node)
-                states.append(answer)
-                continue
-            if answer is None and self._trouble is not None:
-                continue
-            code = answer.code if answer is not None else "link_closed"
-            message = answer.message if answer is not None else f"{node[:8]} did not answer in {OPEN_TIMEOUT_S} s."
-            if code == KvExhausted.code:
-                self.in_trouble(message, node, AVOID_FULL_S)
-                raise KvExhausted(message)
-            if code == GrantRefused.code and node not in self._refused:
-                self._refused.add(node)
-                self.in_trouble(message, None)
-            else:
-                self.in_trouble(message, node, AVOID_S if code in _REFUSES_LONG else AVOID_ENGINE_S)
-            raise StageRefused(f"{node[:8]} refused: {message}", reason=code)
+        opened = answers.opened()
+        for node, _ in opened:
+            self._require_device(node)
+        refusal = answers.refused()
+        if refusal is None and self._trouble is None:
+            refusal = answers.silent()
+        if refusal is not None:
+            suspect = self._grants_refused.blame(refusal.node) if refusal.code == GrantRefused.code else refusal.node
+            self.in_trouble(refusal.message, suspect, refusal.avoid_s)
+            raise refusal.error()
         if self._trouble is not None:
             raise StageRefused(f"The chain broke while it was opened: {self._trouble}", reason="link_closed")
-        return states
+        return [state for _, state in opened]
+
+    async def _open(self, address: PeerAddress, frame: Frame) -> None:
+        self._sent(await reach(self._peers, address, frame))
 
     def _require_device(self, node: NodeId) -> None:
         """Raises `StageRefused` for a hop that is no device: a coordinator could name itself to read the rows."""

@@ -5,12 +5,21 @@ reuse. What passes between them is tokens in, log-probabilities out; a failure t
 """
 
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Protocol
+from typing import Final, Protocol
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from fallow.domain.errors import (
+    BusTimeout,
+    BusUnavailable,
+    GrantRefused,
+    KvExhausted,
+    NoRoute,
+    NotWorking,
+    StageRefused,
+)
 from fallow.domain.fleet import Hop
 from fallow.domain.ids import Digest, NodeId, SessionId
 from fallow.domain.model import Manifest
@@ -31,6 +40,11 @@ class Candidates(msgspec.Struct, frozen=True):
     """Whether these are the whole vocabulary (in id order) rather than the top of it."""
 
 
+NOT_NOW: Final = (NoRoute, KvExhausted, StageRefused, BusTimeout, BusUnavailable, NotWorking, GrantRefused)
+"""Why a chain cannot be had, or opened, at this moment; a moment later may be another. A coordinator that has just come
+to lead and does not know its lease yet says `NotWorking`."""
+
+
 class Router(Protocol):
     """Where chains come from: the coordinator, over the bus."""
 
@@ -40,7 +54,9 @@ class Router(Protocol):
     ) -> tuple[Hop, ...]:  # fmt: skip
         """A chain that covers the model. `rebuild_tokens`: how many its newcomers must compute before the next one.
 
-        Raises `NoRoute`, `KvExhausted`, `BusTimeout`, `BusUnavailable`.
+        Raises `NoRoute`, also for an answer that cannot be read or is not signed; `KvExhausted`, `BusTimeout`,
+        `BusUnavailable`; `NotWorking` when this gateway or the coordinator may not work; `GrantRefused` when the
+        coordinator gives no grant.
         """
         ...
 

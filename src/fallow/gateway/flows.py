@@ -1,4 +1,4 @@
-"""What a chain's stages are called, and what each is told when rows are to flow. Values only.
+"""What a chain's stages are called, and what each is told when it is opened and when rows are to flow. Values only.
 
 A device that comes twice in a chain holds two stages of the session, which must not be taken for each other: each has
 its own name there (`Hop.visit`, `domain.ids.at_visit`), in its grant and in every frame.
@@ -7,8 +7,8 @@ its own name there (`Hop.visit`, `domain.ids.at_visit`), in its grant and in eve
 from collections.abc import Sequence
 
 from fallow.domain.fleet import Hop
-from fallow.domain.frames import Flow, StageState
-from fallow.domain.ids import NodeId, SessionId, at_visit
+from fallow.domain.frames import Flow, OpenStage, StageState
+from fallow.domain.ids import Digest, NodeId, SessionId, at_visit
 from fallow.policy.recovery import ChainPlan, Rewind, StagePosition, valid_tokens
 
 
@@ -32,6 +32,23 @@ def layers_anew(hops: Sequence[Hop], stages: Sequence[StagePosition], received: 
     """How many layers have rows to compute whose results were here before."""
     behind = (min(stage.position, stage.valid) < received for stage in stages)
     return sum(hop.span.layer_count for hop, is_behind in zip(hops, behind, strict=True) if is_behind)
+
+
+def openings(
+    session: SessionId, epoch: int, hops: Sequence[Hop], model: Digest, reserve_tokens: int
+) -> tuple[OpenStage, ...]:
+    """For each hop, in order, what it is to hold, and its leave to."""
+    return tuple(
+        OpenStage(
+            session=at_visit(session, hop.visit),
+            epoch=epoch,
+            model=model,
+            span=hop.span,
+            grant=hop.grant,
+            reserve_tokens=reserve_tokens,
+        )
+        for hop in hops
+    )
 
 
 def flows(session: SessionId, epoch: int, hops: Sequence[Hop], plan: ChainPlan, results_from: int) -> tuple[Flow, ...]:

@@ -1,72 +1,116 @@
 """Moves conversations off devices that are about to leave, while these still answer: make before break.
 
 Rules
-- A move is a second session on another chain, without the leaving device, that computes all that was said so far; the
+- A move is a second session on another chain, without the leaving devices, that computes all that was said so far; the
   conversation changes over between two tokens, and the old session is freed everywhere.
-- At most one move for a conversation at a time. One that fails, for lack of room or of other devices, ends in a repair
-  of the old chain, which costs a pause; so does a device that goes before its sessions have moved.
-- A conversation that ends meanwhile ends its move, and keeps no cache on a chain that is about to break.
+- At most one move for a conversation at a time: who else leaves meanwhile is left out of it. The chain that a move
+  prepares does not move in turn: it is repaired, which nobody waits for.
+- A move that finds no chain, or no room, is tried again for as long as a leaver may stay. It never stops a chain that
+  still serves: one that fails leaves the repair to the moment when the device is gone.
+- A chain in trouble waits for its move where that is ready no later than a repair (`policy/recovery.py`). Otherwise the
+  move ends first, so that the repair has its room and its devices' time.
+- A conversation that ends keeps the chain of a move that is ready, and ends any other with the cache that is about to
+  go.
 """
 
 import asyncio
-from collections.abc import Callable
-from typing import Final, NamedTuple
+import logging
+from collections.abc import Callable, Coroutine
+from functools import partial
+from typing import Final
 
-from fallow.domain.errors import FallowError
+import msgspec
+
+from fallow.domain.clock import Clock
+from fallow.domain.errors import FallowError, KvExhausted
 from fallow.domain.ids import NodeId, SessionId
 from fallow.gateway.chain import Chain
+from fallow.gateway.contract import NOT_NOW
+from fallow.policy.recovery import supersedes
 
 ROUNDS: Final = 2
 """First everything that was said, then what was said meanwhile; what is missing then comes with the next token."""
+MOVE_RETRY_S: Final = 0.5
+"""How soon a move is tried again. A repair, for which a client waits, is more eager."""
+MOVE_TRIES_S: Final = 30.0
+"""For how long. A leaving device is gone by then, or has stayed after all."""
+
+log = logging.getLogger(__name__)
+
+Work = asyncio.Task[None]
 
 
-class _Move(NamedTuple):
-    leaver: NodeId
+class _Move(msgspec.Struct):
     to: Chain
-    work: "asyncio.Task[None]"
+    leavers: set[NodeId]
+    work: Work
 
 
 class Moves:
     """All moves of a gateway, by the session that is left. `make` makes a chain, `drop` frees one."""
 
     def __init__(
-        self, make: Callable[[Chain], Chain], drop: Callable[[Chain], None], on_event: Callable[[str], None]
+        self,
+        make: Callable[[Chain], Chain],
+        drop: Callable[[Chain], None],
+        on_event: Callable[[str], None],
+        clock: Clock,
     ) -> None:
         self._make = make
         self._drop = drop
         self._on_event = on_event
+        self._clock = clock
         self._moves: dict[SessionId, _Move] = {}
 
     def begin(self, chain: Chain, leaver: NodeId) -> bool:
-        """Begin to move away from a device that leaves. False when the chain is on the move already."""
-        if chain.session in self._moves:
+        """Move away from a device that leaves. False for a chain that a move prepares: it is to be repaired."""
+        if any(move.to is chain for move in self._moves.values()):
             return False
-        to = self._make(chain)
-        to.avoid(leaver)
-        work = asyncio.get_running_loop().create_task(self._prepare(chain, to), name=f"move {chain.session[:8]}")
-        self._moves[chain.session] = _Move(leaver, to, work)
-        work.add_done_callback(lambda _: self._prepared(chain))
+        move = self._moves.get(chain.session)
+        if move is None:
+            to = self._make(chain)
+            move = _Move(to, set(), self._start(chain, self._prepare(chain, to)))
+            self._moves[chain.session] = move
+        move.leavers.add(leaver)
+        move.to.avoid(leaver, MOVE_TRIES_S)
         return True
 
     def newest(self, chain: Chain) -> Chain:
-        """The chain to go on with: the other one as soon as it is ready."""
+        """The chain to go on with between two tokens: the other one as soon as it is ready."""
+        move = self._moves.get(chain.session)
+        if move is None or not _succeeded(move.work):
+            return chain
+        if move.to.broken:
+            move.work = self._start(chain, _catch_up(chain, move.to))
+            return chain
+        return self._change_over(chain, move)
+
+    def superseded(self, chain: Chain) -> bool:
+        """For a chain in trouble: whether its move is worth waiting for (`awaited`). Ends it, where it is not."""
+        move = self._moves.get(chain.session)
+        if move is None:
+            return False
+        ready = None if _failed(move.work) else move.to.rows_ready()
+        rows = len(chain.tokens)
+        if ready is not None and supersedes(rows - ready, rows, *chain.layers_lost(move.leavers)):
+            return True
+        self.end(chain)
+        return False
+
+    async def awaited(self, chain: Chain) -> Chain:
+        """For a chain that is superseded: the chain to go on with, once its move is ready. The same one when that
+        failed."""
         move = self._moves.get(chain.session)
         if move is None:
             return chain
-        if chain.repairs and move.leaver not in chain.nodes():
-            self.end(chain)  # the chain was repaired meanwhile
-            return chain
-        if not move.work.done():
-            return chain
-        del self._moves[chain.session]
-        move.to.append(*chain.since(len(move.to.tokens)))
-        move.to.repairs += chain.repairs + 1
-        self._on_event(f"session {chain.session[:8]}: moved to {move.to.session[:8]} over {move.to.describe()}")
-        self._drop(chain)
-        return move.to
+        await asyncio.wait((move.work,))
+        if _succeeded(move.work) and not move.to.broken:
+            return self._change_over(chain, move)
+        self.end(chain)
+        return chain
 
     def end(self, chain: Chain) -> bool:
-        """The conversation has ended or was repaired. Whether a move was under way."""
+        """The conversation has ended, or its chain is repaired. Whether a move was under way."""
         move = self._moves.pop(chain.session, None)
         if move is None:
             return False
@@ -74,20 +118,67 @@ class Moves:
         self._drop(move.to)
         return True
 
-    async def _prepare(self, chain: Chain, to: Chain) -> None:
-        await to.establish()
-        for _ in range(ROUNDS):
-            to.append(*chain.since(len(to.tokens)))
-            await to.settle()
+    async def close(self) -> None:
+        """End all."""
+        moves, self._moves = list(self._moves.values()), {}
+        for move in moves:
+            move.work.cancel()
+            self._drop(move.to)
+        await asyncio.gather(*(move.work for move in moves), return_exceptions=True)
 
-    def _prepared(self, chain: Chain) -> None:
+    def _change_over(self, chain: Chain, move: _Move) -> Chain:
+        self._moves.pop(chain.session, None)
+        move.to.append(*chain.since(len(move.to.tokens)))
+        move.to.repairs += chain.repairs + 1
+        self._on_event(f"session {chain.session[:8]}: moved to {move.to.session[:8]} over {move.to.describe()}")
+        self._drop(chain)
+        return move.to
+
+    def _start(self, chain: Chain, work: Coroutine[object, object, None]) -> Work:
+        task = asyncio.get_running_loop().create_task(work, name=f"move {chain.session[:8]}")
+        task.add_done_callback(partial(self._ended, chain))
+        return task
+
+    async def _prepare(self, chain: Chain, to: Chain) -> None:
+        tries_end_s = self._clock.monotonic_s() + MOVE_TRIES_S
+        while True:
+            try:
+                await to.establish()
+                break
+            except NOT_NOW as error:
+                if self._clock.monotonic_s() >= tries_end_s:
+                    raise
+                if isinstance(error, KvExhausted):
+                    to.ask_for_room()
+                log.info("session %s: it cannot be moved yet: %s", chain.session[:8], error.message)
+                await self._clock.sleep(MOVE_RETRY_S)
+        # Who said so before the stage was opened does not say it again.
+        for leaver in self._moves[chain.session].leavers.intersection(to.nodes()):
+            to.in_trouble(f"{leaver[:8]} leaves as well", leaver, MOVE_TRIES_S)
+        await _catch_up(chain, to)
+
+    def _ended(self, chain: Chain, work: Work) -> None:
+        """Work has ended. It may be that of a move that is over, or of one that began again since."""
+        if not _failed(work):
+            return
+        error = work.exception()
         move = self._moves.get(chain.session)
-        if move is None or move.work.cancelled():
-            return
-        error = move.work.exception()
-        if error is None:
-            return
-        self.end(chain)
-        chain.in_trouble(f"leaving, and it could not be moved: {error}", move.leaver)
+        if move is not None and move.work is work:
+            self.end(chain)
+            self._on_event(f"session {chain.session[:8]}: it could not be moved: {error}")
         if not isinstance(error, FallowError):
-            raise error
+            log.error("a move failed inside", exc_info=error)
+
+
+async def _catch_up(chain: Chain, to: Chain) -> None:
+    for _ in range(ROUNDS):
+        to.append(*chain.since(len(to.tokens)))
+        await to.settle()
+
+
+def _succeeded(work: Work) -> bool:
+    return work.done() and not work.cancelled() and work.exception() is None
+
+
+def _failed(work: Work) -> bool:
+    return work.done() and not work.cancelled() and work.exception() is not None

@@ -1,9 +1,9 @@
 """The fleet as a `TokenSource`: opens chains, keeps finished ones for follow-up turns, and tells chains of trouble.
 
 Rules
-- A finished conversation's cache stays on its devices, bounded in number and age, and only its own key may reuse it. A
-  follow-up turn takes the kept chain with the longest common prefix and recomputes only what is new.
-- Room on devices goes to live conversations: when a stage refuses for lack of it, the oldest kept chains go first.
+- A finished conversation's cache stays on its devices for a follow-up turn, which recomputes only what is new
+  (`kept.py`). When a stage has no room for a conversation that begins, moves or is repaired, kept ones make way.
+- A conversation goes on with the newest of its chains: the one that it has moved to (`moves.py`).
 - What the coordinator believes about devices is a hint: a device reported gone is probed before its sessions move.
 """
 
@@ -24,6 +24,7 @@ from fallow.domain.errors import (
     FallowError,
     KvExhausted,
     NoRoute,
+    NotWorking,
     NumericFault,
     StageRefused,
     UnknownModel,
@@ -37,26 +38,22 @@ from fallow.fabric.peers import Peers
 from fallow.gateway.accusations import Accusations
 from fallow.gateway.bus_router import BusRouter
 from fallow.gateway.chain import Chain
-from fallow.gateway.contract import Candidates, Meanwhile
+from fallow.gateway.contract import NOT_NOW, Candidates, Meanwhile
+from fallow.gateway.fleet_owner import FleetOwner
+from fallow.gateway.kept import KeptChains
 from fallow.gateway.lost_devices import CarefulRouter, LostDevices
 from fallow.gateway.moves import Moves
+from fallow.gateway.ownership import Superseded
 from fallow.gateway.questions import Questions
 from fallow.gateway.renewals import Renewals
 from fallow.gateway.results import Payload, last_candidates
 from fallow.models.store import Store
-from fallow.policy.prefix import common_prefix
 from fallow.trust.contract import Lease, Routes
 from fallow.trust.grants import require_working
 
 ROUTE_TIMEOUT_S = 2.0
 OPEN_ATTEMPTS_MAX = 6
 OPEN_RETRY_S = 0.25
-ROOM_HEARD_S = 1.2
-"""When the coordinator has heard of room that was made: devices report once a second."""
-KEPT_CHAINS_MAX = 64
-KEPT_CHAIN_AGE_S = 300.0
-REUSE_TOKENS_MIN = 16
-"""Shorter common prefixes are not worth a kept chain."""
 PROBE_TIMEOUT_S = 0.3
 TICK_S = 1.0
 CATALOGUE_INTERVAL_S = 2.0
@@ -77,25 +74,30 @@ class FleetConversation:
         self.cached_tokens = kept
 
     async def prefill(self) -> Candidates:
-        return await self.chain.advance(self._prompt[self.cached_tokens :], Phase.PREFILL)
+        return await self._advance(self._prompt[self.cached_tokens :], Phase.PREFILL)
 
     async def decode(self, token: int, meanwhile: Meanwhile | None = None) -> Candidates:
         self._source.tokens_decoded += 1
-        self.chain = self._source.newest(self.chain)
-        return await self.chain.advance((token,), Phase.DECODE, meanwhile)
+        return await self._advance((token,), Phase.DECODE, meanwhile)
+
+    async def _advance(self, tokens: Sequence[int], phase: Phase, meanwhile: Meanwhile | None = None) -> Candidates:
+        """On the newest chain. Each that is left in trouble ends a move, so that this comes to an end."""
+        moves = self._source.moves
+        self.chain = moves.newest(self.chain)
+        try:
+            return await self.chain.advance(tokens, phase, meanwhile)
+        except Superseded:
+            self.chain = await moves.awaited(self.chain)
+        while True:
+            try:
+                return await self.chain.outcome()
+            except Superseded:
+                self.chain = await moves.awaited(self.chain)
 
     async def close(self, *, keep: bool) -> None:
         if not self._closed:
             self._closed = True
             self._source.retire(self, keep=keep)
-
-
-class _Kept(msgspec.Struct):
-    """A finished conversation whose cache is still on its devices."""
-
-    chain: Chain
-    owner: str
-    since_s: float
 
 
 class FleetTokenSource:
@@ -121,10 +123,11 @@ class FleetTokenSource:
         self._router = CarefulRouter(asking, self._lost)
         self._renewals = Renewals(self._router, peers, clock)
         self._lease = lease
-        self._moves = Moves(self._beside, self._drop, self._on_event)
+        self.moves = Moves(self._beside, self._drop, self._on_event, clock)
+        self._kept = KeptChains(clock)
+        self._owner = FleetOwner(self._lost, self.moves, self._kept, lease)
         self._manifests: dict[Digest, Manifest] = {}
         self._live: dict[SessionId, Chain] = {}
-        self._kept: deque[_Kept] = deque()
         self._tasks: set[asyncio.Task[None]] = set()
         self._subscription: Subscription | None = None
         self._tokens_at_report = 0
@@ -145,11 +148,13 @@ class FleetTokenSource:
             await self._subscription.cancel()
         await self._questions.close()
         await self._renewals.close()
+        await self.moves.close()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        for chain in [*self._live.values(), *(kept.chain for kept in self._kept)]:
+        for chain in self._live.values():
             chain.close()
+        self._kept.close()
 
     # --- TokenSource ---------------------------------------------------------------------------
 
@@ -175,15 +180,11 @@ class FleetTokenSource:
         await self._establish(chain)
         return FleetConversation(self, chain, owner, prompt, kept=0)
 
-    def newest(self, chain: Chain) -> Chain:
-        """The chain to go on with between two tokens."""
-        return self._moves.newest(chain)
-
     def _new_chain(self, model: Digest, reserve_tokens: int, top_k: int | None) -> Chain:
         manifest = self._manifests.get(model)
         return Chain(
             self._new_session(), model, reserve_tokens, top_k, self._peers, self._router, self._clock, self._on_event,
-            self._lost.note, self._moves.begin, partial(self._read, manifest.config.vocab_size if manifest else None),
+            self._owner, partial(self._read, manifest.config.vocab_size if manifest else None),
         )  # fmt: skip
 
     def _read(self, vocab_size: int | None, header: Result, payload: Payload) -> Candidates | None:
@@ -204,44 +205,41 @@ class FleetTokenSource:
         self, model: Digest, prompt: Sequence[int], total: int, top_k: int | None, owner: str
     ) -> FleetConversation | None:
         """A kept chain that shares a prefix with the prompt, rewound to it."""
-        candidates = [k for k in self._kept if k.owner == owner and k.chain.model == model and not k.chain.broken]
-        # The last prompt token is always computed anew: its logits are wanted.
-        shared = {id(k): min(common_prefix(k.chain.tokens, prompt), len(prompt) - 1) for k in candidates}
-        best = max(candidates, key=lambda k: shared[id(k)], default=None)
-        if best is None or shared[id(best)] < REUSE_TOKENS_MIN:
+        found = self._kept.take(model, prompt, owner)
+        if found is None:
             return None
-        self._kept.remove(best)
-        chain = best.chain
+        chain, shared = found
         chain.top_k = top_k
         chain.reserve_tokens = max(chain.reserve_tokens, total)
         self._live[chain.session] = chain
         try:
-            await chain.establish(keep_tokens=shared[id(best)])
+            await chain.establish(keep_tokens=shared)
         except BaseException as error:
             self._drop(chain)
-            if isinstance(error, NoRoute | KvExhausted | StageRefused | BusTimeout | BusUnavailable):
+            if isinstance(error, NOT_NOW):
                 return None
             raise
-        return FleetConversation(self, chain, owner, prompt, kept=shared[id(best)])
+        return FleetConversation(self, chain, owner, prompt, kept=shared)
 
     async def _establish(self, chain: Chain) -> None:
         self._live[chain.session] = chain
         try:
-            room_made_at_s: float | None = None
             for attempt in range(1, OPEN_ATTEMPTS_MAX + 1):
+                require_working(self._lease)
                 try:
                     await chain.establish()
                     return
                 except KvExhausted:
-                    now_s = self._clock.monotonic_s()
-                    waits = room_made_at_s is not None and now_s - room_made_at_s < ROOM_HEARD_S
-                    if not waits and self._make_room(chain.reserve_tokens):
-                        room_made_at_s = now_s
+                    chain.ask_for_room()
                     if attempt == OPEN_ATTEMPTS_MAX:
                         raise
                     await self._clock.sleep(OPEN_RETRY_S * attempt)
                 except (BusTimeout, BusUnavailable) as error:
                     raise NoRoute(f"No coordinator could be asked for a chain: {error.message}") from error
+                except NotWorking:
+                    if attempt == OPEN_ATTEMPTS_MAX:
+                        raise
+                    await self._clock.sleep(OPEN_RETRY_S)
                 except (NoRoute, StageRefused) as error:
                     if attempt == OPEN_ATTEMPTS_MAX:
                         raise NoRoute(f"No chain of devices could be opened: {error.message}") from error
@@ -255,31 +253,19 @@ class FleetTokenSource:
 
     def retire(self, conversation: FleetConversation, *, keep: bool) -> None:
         """A conversation has ended; keep its chain for a follow-up turn, or free it everywhere."""
-        chain = conversation.chain
+        chain = conversation.chain = self.moves.newest(conversation.chain) if keep else conversation.chain
         self._live.pop(chain.session, None)
         self.repairs += chain.repairs
         chain.repairs = 0
-        moving = self._moves.end(chain)
+        moving = self.moves.end(chain)
         if not keep or moving or chain.broken or not chain.hops:
             chain.close()
             return
-        self._kept.append(_Kept(chain, conversation.owner, self._clock.monotonic_s()))
-        while len(self._kept) > KEPT_CHAINS_MAX:
-            self._free_oldest_kept()
-
-    def _make_room(self, tokens: int) -> bool:
-        """Let kept conversations go, oldest first, until they had reserved so much together. Whether any went."""
-        freed_tokens = 0
-        while freed_tokens < tokens and self._kept:
-            freed_tokens += self._kept[0].chain.reserve_tokens
-            self._free_oldest_kept()
-        return freed_tokens > 0
-
-    def _free_oldest_kept(self) -> None:
-        self._kept.popleft().chain.close()
+        self._kept.keep(chain, conversation.owner)
 
     def _drop(self, chain: Chain) -> None:
         self._live.pop(chain.session, None)
+        self.moves.end(chain)
         chain.close()
 
     # --- what arrives --------------------------------------------------------------------------
@@ -294,7 +280,7 @@ class FleetTokenSource:
                     self._accusations.note(chain.nodes(), header.suspect or peer, peer)
                 chain.on_frame(peer, frame)
             elif isinstance(header, Fault):
-                self._forget_kept(lambda chain: (peer, header.session) in chain.stages())
+                self._kept.forget(lambda chain: (peer, header.session) in chain.stages())
 
     def _live_chain(self, stage: SessionId) -> Chain | None:
         """The chain of which a device named a stage: by its session's name, or that of a later visit."""
@@ -310,12 +296,7 @@ class FleetTokenSource:
         for chain in list(self._live.values()):
             if peer in chain.nodes():
                 chain.in_trouble(f"{peer[:8]} is gone ({reason})", peer)
-        self._forget_kept(lambda chain: peer in chain.nodes())
-
-    def _forget_kept(self, gone: Callable[[Chain], bool]) -> None:
-        for kept in [kept for kept in self._kept if gone(kept.chain)]:
-            self._kept.remove(kept)
-            kept.chain.close()
+        self._kept.forget(lambda chain: peer in chain.nodes())
 
     async def _on_node_gone(self, _subject: str, message: bytes) -> None:
         try:
@@ -323,8 +304,7 @@ class FleetTokenSource:
         except msgspec.DecodeError as error:
             log.debug("an announcement of a loss was not one: %s", error)
             return
-        in_use = any(gone.node in chain.nodes() for chain in self._live.values())
-        if in_use or any(gone.node in kept.chain.nodes() for kept in self._kept):
+        if any(gone.node in chain.nodes() for chain in (*self._live.values(), *self._kept.chains())):
             await self._peers.probe(gone.node, PROBE_TIMEOUT_S)
 
     # --- housekeeping --------------------------------------------------------------------------
@@ -346,12 +326,10 @@ class FleetTokenSource:
     async def _tick(self) -> None:
         while True:
             await self._clock.sleep(TICK_S)
-            now_s = self._clock.monotonic_s()
             for chain in self._live.values():
                 chain.check_stall()
             self._renewals.look(self._live.values())
-            while self._kept and now_s - self._kept[0].since_s > KEPT_CHAIN_AGE_S:
-                self._free_oldest_kept()
+            self._kept.expire()
             await self._report()
 
     async def _report(self) -> None:

@@ -134,7 +134,8 @@ class Agent:
 
     async def start(self) -> None:
         """Start the engine if the device may work, open for links, report. Raises `EngineError`, `BusUnavailable`."""
-        if self._may_work():
+        runs = self._may_work()
+        if runs:
             await self._engine.start()
         await self.peers.start()
         for subject, handler in (
@@ -151,7 +152,7 @@ class Agent:
             on_running=self._on_running, on_change=self._changed,
         )  # fmt: skip
         self._spawn(keeper.watch_standing())
-        self._spawn(keeper.watch_engine())
+        self._spawn(keeper.watch_engine(runs=runs))
         self._spawn(self._watch_shelf())
         self._spawn(self._beat())
 

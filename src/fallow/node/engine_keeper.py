@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 
 class EngineKeeper:
-    """One engine's. Whoever made it has started the engine if the device could work then, and runs both tasks."""
+    """One engine's. Whoever made it runs both tasks."""
 
     def __init__(
         self,
@@ -62,12 +62,12 @@ class EngineKeeper:
             self._on_change()
             standing = await self._lease.changed(standing)
 
-    async def watch_engine(self) -> None:
-        """Have the engine run, or not, for ever."""
+    async def watch_engine(self, *, runs: bool) -> None:
+        """Have the engine run, or not, for ever. `runs`: whether it was started already."""
         losses = 0
         while True:
             since_s = self._clock.monotonic_s()
-            if await self._lost():
+            if runs and await self._lost():
                 losses = 1 if self._clock.monotonic_s() - since_s > STABLE_S else losses + 1
                 log.warning("the engine was lost, %d in a row; starting it again", losses)
                 self._on_lost()
@@ -76,7 +76,8 @@ class EngineKeeper:
                 await self._engine.close()
                 while (standing := self._lease.standing) is not Standing.WORKING:
                     await self._lease.changed(standing)
-            if await self._start(losses):
+            runs = await self._start(losses)
+            if runs:
                 self._on_running()
 
     def _may_work(self) -> bool:

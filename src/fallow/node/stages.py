@@ -18,12 +18,12 @@ talk to the bus.
 import asyncio
 import logging
 from collections.abc import Collection, Coroutine
-from typing import Final
 
 from fallow.domain.charter import Standing
 from fallow.domain.clock import Clock
 from fallow.domain.errors import FallowError, GrantRefused, LinkClosed, NotWorking
 from fallow.domain.frames import (
+    LEAVING,
     CloseSession,
     Fault,
     Flow,
@@ -43,8 +43,6 @@ from fallow.node.stage_pump import StagePump
 from fallow.node.stage_session import Expiry, Held, RowBudget, Session, Waiting
 from fallow.trust.contract import GrantBook, Lease
 
-LEAVING: Final = "leaving"
-"""The code of a device that takes no new sessions and asks for its own to be moved."""
 SWEEP_S = 1.0
 """How often sessions are looked over for those that are to go by themselves."""
 

@@ -7,6 +7,9 @@ must be able to deliver from where its successor's cache ends. What it logged it
 computes again, by rewinding to that point. The gateway, at the start, always can: it has the tokens.
 
 The plan neither waits nor sends. It holds for any number of lost stages, neighbours included.
+
+Besides: whether a chain that is repaired is worth more than another one that is being built (`supersedes`), and which
+stage holds the others up (`first_behind`).
 """
 
 from collections.abc import Sequence
@@ -83,3 +86,17 @@ def plan_recovery(received: int, stages: Sequence[StagePosition]) -> ChainPlan:
         plans.append(StagePlan(forward_from=needed_from, rewind_to=rewind_to))
         needed_from = position
     return ChainPlan(stages=tuple(reversed(plans)), feed_from=needed_from)
+
+
+def supersedes(rows_missing: int, rows: int, layers_lost: int, layers: int) -> bool:
+    """Whether a second chain that has `rows_missing` of a conversation's `rows` to compute, through all `layers`, is
+    ready no later than one that must compute all rows through `layers_lost` of them."""
+    return rows_missing * layers <= rows * layers_lost
+
+
+def first_behind(fed: int, positions: Sequence[int]) -> int:
+    """The stage that holds a chain up: the first one that stands below the one before it, or the last one, when none
+    does. Before the first one is the gateway, which fed `fed` rows. At least one position."""
+    before = [fed, *positions]
+    behind = (index for index, position in enumerate(positions) if position < before[index])
+    return next(behind, len(positions) - 1)

@@ -10,7 +10,8 @@ from typing import Final
 from fallow.domain.frames import Rows
 from fallow.domain.ids import NodeId, SessionId
 from fallow.fabric.memory_bus import PENDING_MESSAGES_MAX
-from fallow.gateway.chain import REPAIR_TIMEOUT_S, STALL_TIMEOUT_S
+from fallow.gateway.chain import REPAIR_TIMEOUT_S
+from fallow.gateway.progress import STALL_TIMEOUT_S
 from fallow.node.stage_session import ALL_BYTES_MAX, HELD_BYTES_MAX, HELD_ROWS_MAX, ORPHAN_GRACE_S
 from fallow.simulator.gateways import Outcome, Turn
 from fallow.simulator.view import CoordinatorView, NodeView

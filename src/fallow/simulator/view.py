@@ -102,7 +102,7 @@ def sessions_of(gateway: SimulatedGateway) -> dict[SessionId, frozenset[NodeId]]
     """The sessions that a gateway has, running or kept, by their names on devices, and the devices that hold them."""
     source = gateway.source
     found: dict[SessionId, set[NodeId]] = {}
-    for chain in [*source._live.values(), *(kept.chain for kept in source._kept)]:
+    for chain in [*source._live.values(), *source._kept.chains()]:
         for node, session in chain.stages():
             found.setdefault(session, set()).add(node)
     return {session: frozenset(nodes) for session, nodes in found.items()}

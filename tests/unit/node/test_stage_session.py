@@ -3,11 +3,11 @@
 import math
 
 import pytest
-from fallow.gateway.kept import KEPT_CHAIN_AGE_S
 
 from fallow.domain.frames import Flow, OpenStage, PeerAddress, Phase, Rows
 from fallow.domain.ids import Digest, NodeId, SessionId
 from fallow.domain.model import Span
+from fallow.gateway.kept import KEPT_CHAIN_AGE_S
 from fallow.gateway.opening import OPEN_TIMEOUT_S
 from fallow.gateway.progress import STALL_TIMEOUT_S
 from fallow.node import stage_session as bounds

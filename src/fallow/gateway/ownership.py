@@ -1,0 +1,35 @@
+"""What a chain asks of who owns it: things that concern more than its own conversation."""
+
+from typing import TYPE_CHECKING
+
+from fallow.domain.ids import NodeId
+
+if TYPE_CHECKING:
+    from fallow.gateway.chain import Chain
+
+
+class Superseded(Exception):
+    """A chain is in trouble, and its owner has another one that the conversation goes on with."""
+
+
+class Owner:
+    """The answers of an owner who knows nothing but this chain."""
+
+    def unreached(self, node: NodeId) -> None:
+        """A device could not be reached."""
+
+    def leaving(self, chain: "Chain", node: NodeId) -> bool:
+        """A device of the chain is about to go. Whether the owner sees to that; the chain goes on meanwhile."""
+        return False
+
+    def superseded(self, chain: "Chain") -> bool:
+        """The chain is in trouble. Whether the conversation goes on elsewhere; otherwise the chain is repaired, and
+        has all that its owner can free for it."""
+        return False
+
+    def make_room(self, tokens: int) -> bool:
+        """A device has no room for so many tokens. Whether any was made."""
+        return False
+
+    def require_working(self) -> None:
+        """Raises `NotWorking` when this gateway may not work: waiting would not help."""
