@@ -127,7 +127,8 @@ class PeerLink:
         pong = self._pongs[nonce] = asyncio.get_running_loop().create_future()
         try:
             async with asyncio.timeout(timeout_s):
-                return await pong
+                answered: bool = await pong
+                return answered
         except TimeoutError:
             return self.link.bytes_received > bytes_before
         finally:
