@@ -1,6 +1,6 @@
 """The whole stack against the bare engine: what processes, links and HTTP cost, and what a second device gains.
 
-    python benchmarks/stack.py [--rounds 5] [--tokens 96] [--awake]
+    python benchmarks/stack.py [--rounds 5] [--tokens 96]
 
 Contenders, all with the default model at 8 bits and one engine thread a device:
 
@@ -20,9 +20,6 @@ seed; a ratio is the median of the rounds' ratios, and above 1 means that the st
 Decode speed is counted from the first token to the last, wall clock, so a busy machine blurs single rounds. Each API
 run has a key of its own, so that no kept cache helps. This process has the workers' environment, and reads events with
 `http.client`: the streams' client shares the cores with what is measured.
-
-With `--awake` no processor sleeps while anything is measured (`stack_yardsticks.kept_awake`): how the contenders
-compare where waking a process costs next to nothing. The results say so, and the aims are judged without it.
 
 After the rounds, eight streams once more: the processor time that each process takes for a token, prompts included.
 
@@ -47,7 +44,7 @@ from urllib.parse import urlsplit
 import psutil
 from rich.console import Console
 from rich.table import Table
-from stack_yardsticks import Bare, bare_chain, kept_awake
+from stack_yardsticks import Bare, bare_chain
 
 from fallow.engine.client import worker_environment
 from fallow.engine.sandbox import HUGE_PAGES
@@ -161,7 +158,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=96)
-    parser.add_argument("--awake", action="store_true", help="keep the processors from sleeping")
     options = parser.parse_args()
     if HUGE_PAGES not in os.environ.get("GLIBC_TUNABLES", ""):
         os.execve(sys.executable, [sys.executable, *sys.argv], worker_environment())  # read when a process starts
@@ -197,8 +193,6 @@ def main() -> None:
             chain = running.enter_context(bare_chain(store, manifest, PROMPT, cut))
             one_node = Stack(one, secrets[:runs], manifest.name)
             two_nodes = Stack(two, secrets[runs:], manifest.name)
-            if options.awake:
-                running.enter_context(kept_awake())
             figures = measure(
                 {
                     "bare": lambda: bare.run(1, options.tokens),
@@ -212,12 +206,10 @@ def main() -> None:
                 options.rounds,
             )
             used_ms = processor_ms(two, two_nodes.run, options.tokens)
-    report(figures, {name: [str(span) for span in spans] for name, spans in holders.items()}, used_ms, options.awake)
+    report(figures, {name: [str(span) for span in spans] for name, spans in holders.items()}, used_ms)
 
 
-def report(
-    figures: dict[str, list[float]], holders: dict[str, list[str]], used_ms: dict[str, float], awake: bool
-) -> None:
+def report(figures: dict[str, list[float]], holders: dict[str, list[str]], used_ms: dict[str, float]) -> None:
     table = Table("contender", "tokens/s, median", "against the bare engine", "aim", "against the bare chain")
     ratios: dict[str, dict[str, float]] = {}
     for name, speeds in figures.items():
@@ -239,7 +231,6 @@ def report(
         "ratios": ratios,
         "two_nodes_hold": holders,
         "processor_ms": used_ms,
-        "awake": awake,
     }
     RESULTS.write_text(json.dumps(results, indent=2))
 

@@ -3,12 +3,9 @@
 - `Bare`: the engine in this process, without any of the rest.
 - `BareChain`: two processes in a ring with this one, joined by pipes. Nothing is gathered, checked, sealed, logged,
   counted or sent over a network: what a chain of two processes costs on this machine, whoever builds it.
-
-And `kept_awake`: what of the cost is a machine that goes to sleep between two steps.
 """
 
 import multiprocessing
-import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -137,34 +134,6 @@ def bare_chain(store: Store, manifest: Manifest, prompt: str, cut: int) -> Itera
         for process in processes:
             process.join(END_TIMEOUT_S)
             process.kill()
-
-
-@contextmanager
-def kept_awake() -> Iterator[None]:
-    """No processor goes to sleep in the block: each has a process that spins when nobody else wants it (Linux).
-
-    A virtual machine's processor that sleeps has to be scheduled by its host before it can wake a process: 0.3 to 0.9
-    ms in the median where the benchmarks were run, 16 ms and more in one wake-up of a hundred, against 0.03 ms awake.
-    One process that computes all the time never pays that; processes that hand work to each other do at every step.
-    """
-    context = multiprocessing.get_context("spawn")
-    spinners = [context.Process(target=_spin, daemon=True) for _ in range(os.cpu_count() or 1)]
-    for spinner in spinners:
-        spinner.start()
-    try:
-        yield
-    finally:
-        for spinner in spinners:
-            spinner.kill()
-            spinner.join()
-
-
-def _spin() -> None:
-    os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
-    parent = os.getppid()
-    while os.getppid() == parent:
-        for _ in range(1_000_000):
-            pass
 
 
 class _Rows(NamedTuple):

@@ -8,7 +8,7 @@ from collections.abc import Collection, Sequence
 from typing import Final
 
 from fallow.domain.frames import Rows
-from fallow.domain.ids import NodeId, SessionId
+from fallow.domain.ids import NodeId, SessionId, same_conversation
 from fallow.fabric.memory_bus import PENDING_MESSAGES_MAX
 from fallow.gateway.chain import REPAIR_TIMEOUT_S
 from fallow.gateway.progress import STALL_TIMEOUT_S
@@ -136,6 +136,11 @@ class Paths:
         for session in [session for session in self.epochs if session not in sessions]:
             self.forget(session)
 
+    def stages_of(self, node: NodeId, session: SessionId, epoch: int) -> int:
+        """How many stages of a session's chain a device was seen to be: one for each name that it got rows under."""
+        names = [name for name, known in self.epochs.items() if known == epoch and same_conversation(name, session)]
+        return sum(node in self.fed[name] for name in names)
+
     def forget(self, session: SessionId) -> None:
         for book in (self.epochs, self.feeds, self.fed):
             book.pop(session, None)
@@ -152,6 +157,8 @@ def one_chain_serves(paths: Paths, sender: NodeId, receiver: NodeId, session: Se
     by = paths.fed[session].setdefault(receiver, sender)
     if (to, by) == (receiver, sender):
         return None
+    if by == sender and paths.stages_of(sender, session, epoch) > 1:
+        return None  # a device that is in the chain twice feeds two others
     return (
         f"session {session[:8]}, epoch {epoch}: {sender[:8]} feeds {receiver[:8]}, "
         f"but before it fed {to[:8]}, and {receiver[:8]} was fed by {by[:8]}"
