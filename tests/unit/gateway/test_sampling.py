@@ -9,17 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from fallow.domain.sampling import Recipe
 from fallow.gateway.contract import Candidates
-from fallow.gateway.sampling import (
-    HEAD_TOP_K,
-    NUCLEUS_PROBE,
-    Sampler,
-    SamplingParams,
-    distribution,
-    draw,
-    needs_full_vocabulary,
-    top_logprobs,
-)
+from fallow.gateway.sampling import HEAD_TOP_K, Sampler, SamplingParams, needs_full_vocabulary, top_logprobs
+from fallow.policy.sampling import NUCLEUS_PROBE, distribution, draw
+
+
+def recipe(params: SamplingParams) -> Recipe:
+    return Sampler(params, 0).recipe
 
 
 def logprobs_of(values: list[float]) -> NDArray[np.float32]:
@@ -51,7 +48,7 @@ PARAMS = st.builds(
 
 @given(LOGITS, PARAMS)
 def test_weights_are_a_distribution_over_distinct_tokens(values: list[float], params: SamplingParams) -> None:
-    positions, weights = distribution(logprobs_of(values), params)
+    positions, weights = distribution(logprobs_of(values), recipe(params))
     assert len(weights) >= 1
     assert weights.max() == 1.0
     assert np.all(weights >= 0)
@@ -63,7 +60,7 @@ def test_weights_are_a_distribution_over_distinct_tokens(values: list[float], pa
 @given(LOGITS, PARAMS)
 def test_cuts_keep_the_most_probable_tokens(values: list[float], params: SamplingParams) -> None:
     logits = logprobs_of(values)
-    positions, _ = distribution(logits, params)
+    positions, _ = distribution(logits, recipe(params))
     if positions is not None:
         left_out = np.delete(logits, positions)
         assert not left_out.size or logits[positions].min() >= left_out.max()
@@ -73,7 +70,7 @@ def test_cuts_keep_the_most_probable_tokens(values: list[float], params: Samplin
 @given(LOGITS, st.floats(0.01, 0.999))
 def test_top_p_keeps_the_smallest_set_that_reaches_it(values: list[float], top_p: float) -> None:
     logits = logprobs_of(values).astype(np.float64)
-    positions, _ = distribution(logits.astype(np.float32), SamplingParams(top_p=top_p))
+    positions, _ = distribution(logits.astype(np.float32), recipe(SamplingParams(top_p=top_p)))
     probabilities = np.exp(logits - logits.max())
     probabilities /= probabilities.sum()
     kept = probabilities[positions]
@@ -83,7 +80,7 @@ def test_top_p_keeps_the_smallest_set_that_reaches_it(values: list[float], top_p
 
 def test_top_p_beyond_the_probe_of_a_large_vocabulary() -> None:
     flat = np.zeros(NUCLEUS_PROBE * 20, np.float32)
-    positions, _ = distribution(flat, SamplingParams(top_p=0.5))
+    positions, _ = distribution(flat, recipe(SamplingParams(top_p=0.5)))
     assert positions is not None
     assert len(positions) == NUCLEUS_PROBE * 10
     assert positions[0] == 0
@@ -91,13 +88,13 @@ def test_top_p_beyond_the_probe_of_a_large_vocabulary() -> None:
 
 def test_cuts_apply_in_order_each_to_what_the_one_before_left() -> None:
     logits = np.log(np.array([0.4, 0.3, 0.2, 0.1], np.float32))
-    positions, weights = distribution(logits, SamplingParams(top_k=2, top_p=0.5))
+    positions, weights = distribution(logits, recipe(SamplingParams(top_k=2, top_p=0.5)))
     assert positions is not None
     assert positions.tolist() == [0]  # 0.4 of 0.7 reaches one half; of the whole it would not
-    positions, weights = distribution(logits, SamplingParams(min_p=0.6))
+    positions, weights = distribution(logits, recipe(SamplingParams(min_p=0.6)))
     assert positions is not None
     assert positions.tolist() == [0, 1]
-    positions, weights = distribution(logits, SamplingParams(temperature=0.5))
+    positions, weights = distribution(logits, recipe(SamplingParams(temperature=0.5)))
     assert np.allclose(weights / weights.sum(), np.array([16, 9, 4, 1]) / 30, atol=1e-6)
 
 
@@ -149,10 +146,10 @@ def test_draws_follow_the_distribution(params: SamplingParams) -> None:
     """Pearson's chi-square over 20,000 draws with a fixed seed, against about its 99.9 % quantile."""
     values = list(np.random.default_rng(5).normal(size=20) * 1.5)
     candidates = top(values)
-    positions, weights = distribution(candidates.logprobs, params)
+    positions, weights = distribution(candidates.logprobs, recipe(params))
     ids = candidates.ids if positions is None else candidates.ids[positions]
     expected = dict(zip(ids.tolist(), 20_000 * weights / weights.sum(), strict=True))
-    sampler = Sampler(params, 1234)
+    sampler = Sampler(params, 7)
     counts: dict[int, int] = {}
     for _ in range(20_000):
         token = sampler.choose(candidates).token
