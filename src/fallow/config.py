@@ -93,6 +93,8 @@ class GatewayConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     """Requests that may wait at once."""
     answers_max: Count = 256
     """Answers that may be generated at once, however well the devices bear it."""
+    run_ahead: bool = True
+    """Devices go on with the token that the gateway is going to choose, before they hear of it."""
 
 
 class PlacementConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -137,7 +139,7 @@ class NodeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     departs: Declarations = ()
     """When it usually leaves, such as `"mon-fri 07:45"` for a car."""
     nearest_cell: bool = False
-    """Join whichever cell on the bus is nearest and has room, `cell` being the one to prefer when they are alike."""
+    """Be in whichever cell on the bus is nearest and has room, and move when another is; where alike, in `cell`."""
 
 
 class LinksConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -9,8 +9,9 @@ import msgspec
 
 from fallow.domain.credentials import Role
 from fallow.domain.fleet import Hop, RouteRequest
-from fallow.domain.frames import Fault, OpenStage, PeerAddress, Refused, Result, Rows
+from fallow.domain.frames import Ahead, Fault, OpenStage, PeerAddress, Refused, Result, Rows
 from fallow.domain.ids import SessionId, at_visit
+from fallow.domain.sampling import Recipe
 from fallow.trust.grants import Issuer
 from fallow.trust.keys import Identity
 from tests.unit.node.rights_world import BUDGET, SESSION, WHOLE, World, flow, passport_of_coordinator, rows, run
@@ -55,7 +56,8 @@ def test_a_gateway_opens_a_further_visit_of_another_gateways_session(tmp_path: P
 
 def test_a_gateway_has_a_device_feed_rows_to_another_gateways_session(tmp_path: Path) -> None:
     """
-    Attack: a gateway names another's session as its own's next stage, so that rows come to it from a trusted device.
+    Attack: a gateway names another's session as its own's next stage, or as the first one of a chain that runs ahead,
+    so that rows come to it from a trusted device.
     Expected: told that rows go on in their own session alone; none is computed and none leaves.
     Unharmed: the other session's rows are computed from its own feed, as if nothing had happened.
     """
@@ -73,6 +75,13 @@ def test_a_gateway_has_a_device_feed_rows_to_another_gateways_session(tmp_path: 
             if isinstance(header, Fault)
         ]
         assert (fault.session, fault.code) == (FOREIGN, "unknown_session")
+        ahead = Ahead(first=world.address, first_session=SESSION, recipe=Recipe(), drawn_from=0, until=BUDGET, ends=())
+        (fault,) = [
+            header
+            for header in await attacker.say(msgspec.structs.replace(flow(), session=FOREIGN, ahead=ahead), fed)
+            if isinstance(header, Fault)
+        ]
+        assert (fault.session, fault.code) == (FOREIGN, "unknown_session"), "nor may it be told what comes next"
         assert world.engine.rows_computed == 0
         await owner.say(opening(world, GATEWAY, SESSION), msgspec.structs.replace(flow(), epoch=1))
         (result,) = await owner.say(rows(0, BUDGET))

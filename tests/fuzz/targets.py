@@ -24,6 +24,7 @@ from fallow.domain.errors import FallowError, SealBroken
 from fallow.domain.grants import Grant, Order
 from fallow.domain.ids import Digest, ModelName, NodeId, SessionId
 from fallow.domain.model import Span, StageSpec
+from fallow.domain.sampling import Recipe
 from fallow.fabric import sealing
 from fallow.fabric.codec import FrameDecoder, encode
 from fallow.fabric.local_handshake import Identity as LinkIdentity
@@ -102,6 +103,15 @@ FRAMES = (
     frames.Frame(frames.OpenStage(session=SESSION, epoch=1, model=MODEL, span=Span(0, 15), reserve_tokens=64)),
     frames.Frame(
         frames.Flow(session=SESSION, epoch=1, previous=None, next=ADDRESS, forward_from=0, results_from=0, rewind_to=3)
+    ),
+    frames.Frame(
+        frames.Flow(
+            session=SESSION, epoch=1, previous=NODE, next=None, forward_from=0, results_from=0,
+            ahead=frames.Ahead(
+                first=ADDRESS, first_session=SESSION, recipe=Recipe(temperature=0.7, seed=4), drawn_from=9, until=20,
+                ends=(2,),
+            ),
+        )
     ),
     frames.Frame(
         frames.Rows(

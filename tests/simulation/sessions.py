@@ -10,10 +10,12 @@ from fallow.domain.fleet import Hop
 from fallow.domain.frames import Frame, Phase
 from fallow.domain.ids import Digest, ModelName, NodeId, SessionId
 from fallow.domain.model import BlobRef, Manifest, Quantisation, Span, StageSpec
+from fallow.domain.sampling import Recipe
 from fallow.engine.memory import MemoryEngine
 from fallow.fabric.memory import MemoryFabric
 from fallow.fabric.peers import Peers
 from fallow.gateway.chain import Chain
+from fallow.gateway.running_ahead import Leave
 from fallow.gateway.sessions import OPEN_ATTEMPTS_MAX, FleetTokenSource
 from fallow.node.stage_session import Session
 from fallow.node.stages import StageRelay
@@ -207,11 +209,16 @@ class Fleet:
         return chain
 
 
-async def generate(chain: Chain, prompt: Sequence[int], count: int) -> list[int]:
+def greedy(prompt: Sequence[int], count: int, ends: tuple[int, ...] = ()) -> Leave:
+    """What a chain may run ahead with, for the most probable tokens."""
+    return Leave(recipe=Recipe(), drawn_from=len(prompt), until=len(prompt) + count - 1, ends=ends)
+
+
+async def generate(chain: Chain, prompt: Sequence[int], count: int, *, ahead: bool = True) -> list[int]:
     """Greedy tokens from a fresh chain, opened as `FleetTokenSource` does: again, when a stage fails meanwhile."""
     for attempt in range(OPEN_ATTEMPTS_MAX):
         try:
-            await chain.establish()
+            await chain.establish(leave=greedy(prompt, count) if ahead else None)
             break
         except StageRefused:
             if attempt == OPEN_ATTEMPTS_MAX - 1:

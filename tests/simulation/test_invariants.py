@@ -12,11 +12,12 @@ import pytest
 
 from fallow.coordinator import registry
 from fallow.coordinator.leadership import Leadership
-from fallow.domain.frames import Rows
+from fallow.domain.frames import Phase, Rows
 from fallow.domain.ids import NodeId
 from fallow.engine.contract import Step, Stepped
 from fallow.engine.memory import MemoryEngine
 from fallow.gateway.chain import Chain
+from fallow.node.running_ahead import Told
 from fallow.node.stage_pump import StagePump
 from fallow.node.stage_session import HELD_ROWS_MAX
 from fallow.node.stages import StageRelay
@@ -164,6 +165,19 @@ def test_queues_that_are_too_long_are_named(changes: dict[str, Any]) -> None:
     )  # fmt: skip
     assert all(invariant(sound) is None for invariant in invariants.NODE_INVARIANTS)
     assert "node" in (invariants.queues_are_bounded(msgspec.structs.replace(sound, **changes)) or "")
+
+
+def test_a_chain_that_heeds_no_bound_runs_ahead_of_its_gateway(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its gateway's rows come late, and the first stage goes on without them."""
+    confirm = Told.confirm
+
+    def late(self: Told[Any], rows: Rows, payload: Any) -> bool:
+        return rows.phase is Phase.DECODE or confirm(self, rows, payload)
+
+    monkeypatch.setattr(Told, "confirm", late)
+    monkeypatch.setattr("fallow.node.running_ahead.AHEAD_ROWS", 1 << 30)
+    _, checker = run_world(CALM)
+    assert broken(checker) == {"chains_run_ahead_within_bounds"}
 
 
 def test_two_coordinators_that_both_believe_to_lead_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -124,7 +124,7 @@ def test_only_what_was_lost_is_computed_anew(case: str, fault: str) -> None:
         await fleet.start(*hosted)
         fleet.script = [before]
         chain = fleet.chain()
-        task = asyncio.create_task(generate(chain, PROMPT, COUNT))
+        task = asyncio.create_task(generate(chain, PROMPT, COUNT, ahead=False))
         await until(chain, len(PROMPT) + COUNT // 2)
         lost = fleet.nodes[victim]
         if fault == "crash_engine":

@@ -4,7 +4,9 @@ Rules
 - A frame is one of these headers and a payload of raw tensor bytes (little-endian, row-major); the codec is
   `fabric/codec.py`. Fields may be added; unknown fields are ignored, unknown kinds are refused by name.
 - A session runs through a chain of stages. Its gateway drives it: it opens every stage, feeds the first, and is fed
-  by the last. Stages hand rows to each other directly and never decide anything.
+  by the last. Stages hand rows to each other directly and decide nothing.
+- A chain may *run ahead* (`Ahead`): its last stage tells the first one which token the gateway is going to choose, so
+  that no row waits for the gateway's word. That word comes all the same, and it alone counts.
 - *Positions* are token indices from 0. A stage's position is the number of tokens in its KV cache. Rows below it are
   duplicates and dropped; rows above it are a gap and answered with a `Fault`.
 - *Epochs* fence: the gateway raises a session's epoch whenever it changes the chain or rewinds. A stage drops rows of
@@ -21,6 +23,7 @@ import msgspec
 
 from fallow.domain.ids import Digest, NodeId, SessionId
 from fallow.domain.model import Span
+from fallow.domain.sampling import Recipe
 
 PROTOCOL_VERSION = 1
 """The newest version spoken here. `Hello` carries the range that a peer speaks."""
@@ -143,6 +146,27 @@ class Refused(Header, frozen=True, kw_only=True, tag="refused"):
     message: str
 
 
+AHEAD_ROWS: Final = 16
+"""So many rows may a chain be ahead of its gateway: what a round trip of 300 ms takes at 50 tokens/s. It is also what
+is computed for nothing at most, when an answer ends where only the gateway can tell."""
+
+
+class Ahead(msgspec.Struct, frozen=True, kw_only=True):
+    """A last stage's leave to say which token comes next, before the gateway does."""
+
+    first: PeerAddress
+    first_session: SessionId
+    """The stage that is told, as a `Rows` of one token, and the session's name there."""
+    recipe: Recipe
+    """How the gateway chooses."""
+    drawn_from: int
+    """Position of the answer's first token, whose draw is the first."""
+    until: int
+    """Only tokens at positions below this."""
+    ends: tuple[int, ...]
+    """Tokens after which the answer is over."""
+
+
 class Flow(Header, frozen=True, kw_only=True, tag="flow"):
     """Let rows flow at this epoch. Fire and forget; of a newer epoch than the stage's, it fences as well.
 
@@ -162,6 +186,10 @@ class Flow(Header, frozen=True, kw_only=True, tag="flow"):
     results_from: int
     """Where the gateway's results end: resent rows below need no logits again."""
     rewind_to: int | None = None
+    ahead: Ahead | None = None
+    """For the last stage."""
+    ahead_from: NodeId | None = None
+    """For the first stage: who else may feed it, one token at a time, `AHEAD_ROWS` beyond the gateway's at most."""
 
 
 class CloseSession(Header, frozen=True, kw_only=True, tag="close_session"):
@@ -208,8 +236,12 @@ class Result(Header, frozen=True, kw_only=True, tag="result"):
     count: int
     logit_count: int
     k: int | None
+    chosen: int | None = None
+    """The token that the first stage was told comes next."""
 
 
+MISLED: Final = "misled"
+"""The code of a first stage that was told another token than the gateway chose."""
 LEAVING: Final = "leaving"
 """The code of a device that takes no new sessions and asks for its own to be moved."""
 

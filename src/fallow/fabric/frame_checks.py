@@ -7,6 +7,7 @@ Rules
 - Not here: relations that need the model or the session, such as a payload's size.
 """
 
+import math
 import re
 from collections.abc import Callable
 from typing import Any, Final, get_args
@@ -16,6 +17,7 @@ import msgspec
 from fallow.domain.errors import FrameError
 from fallow.domain.frames import (
     MAX_ROWS_PER_FRAME,
+    Ahead,
     AnyHeader,
     Chunk,
     Header,
@@ -24,6 +26,7 @@ from fallow.domain.frames import (
     Result,
 )
 from fallow.domain.model import Span
+from fallow.domain.sampling import Recipe
 
 MAX_POSITION: Final = (1 << 31) - 1
 """Positions are int32 in the engine's tensors; a frame's last row must fit as well."""
@@ -33,6 +36,7 @@ MAX_TOP_K: Final = 1024
 MAX_LAYERS: Final = 4096
 MAX_VERSION: Final = (1 << 16) - 1
 MAX_ENDPOINTS: Final = 16
+MAX_ENDS: Final = 64
 MAX_ENDPOINT_CHARS: Final = 256
 MAX_CAPABILITIES: Final = 64
 MAX_NAME_CHARS: Final = 64
@@ -104,6 +108,24 @@ def _address(value: PeerAddress) -> Expectation | None:
     return _node(value.node) or _endpoints(value.endpoints)
 
 
+def _recipe(value: Recipe) -> Expectation | None:
+    if not (0 <= value.temperature < math.inf and 0 <= value.top_p <= 1 and 0 <= value.min_p <= 1):
+        return "a temperature of 0 or more, and shares"
+    return _top_k(value.top_k) or _within(0, MAX_NONCE)(value.seed) or _within(0, MAX_POSITION)(value.index)
+
+
+def _ahead(value: Ahead) -> Expectation | None:
+    if len(value.ends) > MAX_ENDS or any(not 0 <= token <= MAX_POSITION for token in value.ends):
+        return f"at most {MAX_ENDS} tokens that end an answer"
+    return (
+        _address(value.first)
+        or _hex(32)(value.first_session)
+        or _recipe(value.recipe)
+        or _position(value.drawn_from)
+        or _position(value.until)
+    )
+
+
 _position = _within(0, MAX_POSITION - MAX_ROWS_PER_FRAME)
 _version = _within(0, MAX_VERSION)
 _top_k = _optional(_within(1, MAX_TOP_K))
@@ -133,6 +155,9 @@ _FIELDS: Final[dict[str, Check]] = {
     "forward_from": _position,
     "results_from": _position,
     "rewind_to": _optional(_position),
+    "ahead": _optional(_ahead),
+    "ahead_from": _optional(_node),
+    "chosen": _optional(_within(0, MAX_POSITION)),
     "count": _within(1, MAX_ROWS_PER_FRAME),
     "logits_from": _within(0, MAX_POSITION),
     "top_k": _top_k,

@@ -12,6 +12,7 @@ Rules
 - A chain that gets nowhere is asked where it stands, then does without whoever holds it up, and ends (`progress.py`).
 - Flows go to the last stage first: whoever is told to send finds that its rows are expected.
 - What lives keeps its caches, so a repair may come to a device again, for what another lost (`flows.py`).
+- A chain may run ahead of what it is fed (`running_ahead.py`); every token is fed to it all the same.
 - Prompt rows in flight are bounded: `WINDOW_ROWS` beyond the last result.
 
 It does not sample, render text or speak HTTP.
@@ -21,13 +22,12 @@ import asyncio
 import logging
 from collections.abc import Callable, Sequence, Set
 
-import numpy as np
-
 from fallow.domain.clock import Clock
 from fallow.domain.errors import EngineLost, GrantRefused, KvExhausted, NoRoute, PassportRefused, StageRefused
 from fallow.domain.fleet import Hop
 from fallow.domain.frames import (
     LEAVING,
+    MISLED,
     CloseSession,
     Fault,
     Frame,
@@ -35,22 +35,23 @@ from fallow.domain.frames import (
     Phase,
     Refused,
     Result,
-    Rows,
     StageState,
 )
 from fallow.domain.ids import Digest, NodeId, SessionId
 from fallow.fabric.peers import Peers
 from fallow.gateway.contract import NOT_NOW, Candidates, Meanwhile, Router
 from fallow.gateway.feeding import WINDOW_ROWS, rows_to_feed
-from fallow.gateway.flows import flows, layers_anew, left_behind, openings, positions, stage_of
+from fallow.gateway.flows import describe, flows, layers_anew, layers_on, left_behind, openings, positions, stage_of
 from fallow.gateway.lost_devices import Avoided
+from fallow.gateway.marks import Marks
 from fallow.gateway.opening import AVOID_ENGINE_S, AVOID_S, OPEN_TIMEOUT_S, Answers, GrantsRefused
 from fallow.gateway.ownership import Owner, Superseded
 from fallow.gateway.progress import AVOID_STALLED_S, STALLS_MAX, STALLS_OF_ALL, STALLS_OF_SOMEBODY, Progress
 from fallow.gateway.results import ReadResult, last_candidates
+from fallow.gateway.running_ahead import DOUBTED_ROWS, Leave, RunningAhead
 from fallow.gateway.sending import Unreached, reach, send
 from fallow.gateway.waker import Waker
-from fallow.policy.recovery import Rewind, first_behind, plan_recovery, with_rewind
+from fallow.policy.recovery import first_behind, plan_recovery
 
 REPAIR_TIMEOUT_S = 30.0
 REPAIR_RETRY_S = 0.1
@@ -97,11 +98,8 @@ class Chain:
         self._flows = False
         """Its stages are open, and have their flows."""
         self._epoch = 0
-        self._fed = 0
-        self._fed_once = 0
-        """The most that was ever fed since the last rewind: a rebuilt chain is fed again from below."""
-        self._rewinds: tuple[Rewind, ...] = ()
-        self._received = 0
+        self._marks = Marks()
+        self.ahead = RunningAhead()
         self._candidates: Candidates | None = None
         self._trouble: str | None = None
         self._avoided = Avoided(clock)
@@ -112,23 +110,21 @@ class Chain:
         self._behind: NodeId | None = None
         """Who held the chain up when it was asked last."""
         self._room_heard_s = 0.0
-        self._rebuilt_to = 0
-        """So many tokens were there when it was opened last."""
 
     # --- what its owner asks -------------------------------------------------------------------
 
-    async def establish(self, keep_tokens: int = 0) -> None:
-        """Open the chain, keeping the first `keep_tokens` tokens of an earlier turn.
+    async def establish(self, keep_tokens: int = 0, leave: Leave | None = None) -> None:
+        """Open the chain, keeping the first `keep_tokens` tokens of an earlier turn. With `leave`, it runs ahead.
 
         Raises what is in `NOT_NOW`, when it cannot be opened at once.
         """
         self.tokens = self.tokens[:keep_tokens]
         self._phases = self._phases[:keep_tokens]
-        self._fed = self._fed_once = self._received = keep_tokens
+        self.ahead = RunningAhead(leave)
         self._candidates = None
         self._trouble = None
         self.broken = False
-        self._rewinds = with_rewind(self._rewinds, Rewind(self._epoch + 1, keep_tokens))
+        self._marks.cut(self._epoch + 1, keep_tokens)
         await self._connect(keep=self.hops if keep_tokens else ())
 
     async def advance(self, tokens: Sequence[int], phase: Phase, meanwhile: Meanwhile | None = None) -> Candidates:
@@ -156,23 +152,29 @@ class Chain:
 
     def append(self, tokens: Sequence[int], phases: Sequence[Phase]) -> None:
         """Add tokens, each with the phase that it is computed in; `settle` computes them."""
-        self.tokens.extend(tokens)
+        for token in tokens:
+            if self.ahead.differs(len(self.tokens), token):
+                self._take_back(len(self.tokens))
+            self.tokens.append(token)
         self._phases.extend(phases)
         if tokens:
             self._candidates = None
         self._progress.begins()
+        if (early := self.ahead.early(len(self.tokens))) is not None:
+            self._on_result(*early)
 
     def since(self, position: int) -> tuple[list[int], list[Phase]]:
         """The conversation from a position on, as `append` takes it."""
         return self.tokens[position:], self._phases[position:]
 
     async def settle(self) -> None:
-        """Have everything computed. Raises as `outcome`."""
-        while self._received < len(self.tokens):
+        """Have everything computed, and fed, even where results came early. Raises as `outcome`."""
+        await self._feed()
+        while self._marks.received < len(self.tokens):
             if self._trouble is not None:
                 await self._repair()
             await self._feed()
-            if self._trouble is None and self._received < len(self.tokens):
+            if self._trouble is None and self._marks.received < len(self.tokens):
                 await self._waker.sleep()
 
     def ask_for_room(self) -> None:
@@ -196,13 +198,11 @@ class Chain:
 
     def rows_ready(self) -> int | None:
         """How many leading rows of its conversation are computed; `None` while it is not open, or broken."""
-        return self._received if self._flows and not self.broken else None
+        return self._marks.received if self._flows and not self.broken else None
 
     def layers_lost(self, leaving: Set[NodeId]) -> tuple[int, int]:
         """Its layers on devices that are avoided, or leave; and all."""
-        lost = leaving | self._avoided.now()
-        gone = sum(hop.span.layer_count for hop in self.hops if hop.address.node in lost)
-        return gone, sum(hop.span.layer_count for hop in self.hops)
+        return layers_on(leaving | self._avoided.now(), self.hops)
 
     # --- what arrives --------------------------------------------------------------------------
 
@@ -229,6 +229,8 @@ class Chain:
             suspect = None if self.broken else self._grants_refused.blame(peer)
         avoid_s = AVOID_ENGINE_S if fault.code == EngineLost.code else AVOID_S
         self.in_trouble(f"{fault.code}: {fault.message}", suspect, avoid_s)
+        if fault.code == MISLED:
+            self._take_back(max(0, len(self.tokens) - DOUBTED_ROWS))
 
     def in_trouble(self, reason: str, suspect: NodeId | None, avoid_s: float = AVOID_S) -> None:
         """Note that the chain needs repair, and whom to avoid."""
@@ -238,6 +240,13 @@ class Chain:
         self.broken = True
         self._waker.wake()
 
+    def _take_back(self, position: int) -> None:
+        """The chain went on with another token than the one at `position`: what it computed from there on is void."""
+        self._marks.cut(self._epoch + 1, position)
+        self._candidates = None
+        self.ahead.missed()
+        self.in_trouble("it ran ahead with another token", None)
+
     def avoid(self, node: NodeId, avoid_s: float = AVOID_S) -> None:
         """Open nothing on a device for a while."""
         self._avoided.note(node, avoid_s)
@@ -245,13 +254,17 @@ class Chain:
     def check_stall(self) -> None:
         """Called at an interval: without progress on live links, ask the chain where it stands."""
         patience_s = self._progress.patience_s
-        if self._received < len(self.tokens) and not self.broken and self._progress.stalled():
+        if self._marks.received < len(self.tokens) and not self.broken and self._progress.stalled():
             suspect = self._behind if self._progress.stalls >= STALLS_OF_SOMEBODY else None
             self.in_trouble(f"no progress for {patience_s:.0f} s", suspect, AVOID_STALLED_S)
 
     def _on_result(self, header: Result, payload: bytes | bytearray | memoryview) -> None:
         end = header.position + header.count
-        if end <= self._received or end > len(self.tokens):
+        self.ahead.note(header, payload, len(self.tokens))
+        if end <= self._marks.received or end > len(self.tokens):
+            return
+        if end < len(self.tokens) and self.ahead.differs(end, self.tokens[end]):
+            self._take_back(end)
             return
         if end == len(self.tokens):
             candidates = self._read(header, payload) if header.logit_count else None
@@ -259,7 +272,7 @@ class Chain:
                 self.in_trouble("a result that cannot be read", self.hops[-1].address.node)
                 return
             self._candidates = candidates
-        self._received = end
+        self._marks.received = end
         self._progress.came()
         self._grants_refused.forget()
         self._waker.wake()
@@ -267,17 +280,12 @@ class Chain:
     # --- feeding -------------------------------------------------------------------------------
 
     async def _feed(self) -> None:
-        while self._fed < len(self.tokens) and self._fed - self._received < WINDOW_ROWS:
+        while self._marks.fed < len(self.tokens) and self._marks.fed - self._marks.received < WINDOW_ROWS:
             if self._trouble is not None:
                 return
-            count = rows_to_feed(self._phases, self._fed, self._rebuilt_to)
-            rows = Rows(
-                session=self.stages()[0][1], epoch=self._epoch, position=self._fed, count=count,
-                phase=self._phases[self._fed], logits_from=len(self.tokens) - 1, top_k=self.top_k,
-            )  # fmt: skip
-            payload = np.asarray(self.tokens[self._fed : self._fed + count], np.int32).tobytes()
-            self._fed += count
-            self._fed_once = max(self._fed_once, self._fed)
+            name = self.stages()[0][1]
+            rows, payload = rows_to_feed(name, self._epoch, self.tokens, self._phases, self._marks, self.top_k)
+            self._marks.feed(rows.count)
             self._sent(await send(self._peers, self.hops[0].address, Frame(rows, payload)))
 
     def _sent(self, unreached: Unreached | None) -> None:
@@ -314,9 +322,8 @@ class Chain:
         self.repairs += 1
         self.broken = False
         self._progress.begins()
-        took_ms = 1000 * (self._clock.monotonic_s() - started_s)
-        how = f"repaired in {took_ms:.0f} ms over {self.describe()}, {anew} layers anew"
-        self._on_event(f"session {self.session[:8]}: {how}")
+        how = f"in {1000 * (self._clock.monotonic_s() - started_s):.0f} ms over {describe(self.hops)}"
+        self._on_event(f"session {self.session[:8]}: repaired {how}, {anew} layers anew")
 
     def _require_use(self) -> None:
         """Raises when to repair this chain is of no use."""
@@ -333,9 +340,6 @@ class Chain:
         avoided = self._avoided.now()
         return [hop for hop in self.hops if hop.address.node not in avoided]
 
-    def describe(self) -> str:
-        return " > ".join(f"{hop.address.node[:8]}{hop.span}" for hop in self.hops)
-
     async def _connect(self, keep: Sequence[Hop]) -> int:
         """Route, open every stage, plan, and let rows flow. How many layers have rows to compute anew."""
         avoided = self._avoided.now()
@@ -348,18 +352,19 @@ class Chain:
         self.granted_s = self._clock.monotonic_s()
         self._epoch += 1
         self._flows = False
+        self.ahead.forget()
         states = await self._open_stages(hops)
-        self._behind = hops[first_behind(self._fed, [state.position for state in states])].address.node
-        stages = positions(states, self._fed_once, self._rewinds)
-        plan = plan_recovery(self._received, stages)
-        told = zip(hops, flows(self.session, self._epoch, hops, plan, self._received), strict=True)
-        for hop, flow in reversed(list(told)):
+        self._behind = hops[first_behind(self._marks.fed, [state.position for state in states])].address.node
+        stages = positions(states, self._marks.fed_once, self._marks.rewinds)
+        plan = plan_recovery(self._marks.received, stages)
+        told = flows(self.session, self._epoch, hops, plan, self._marks.received, self.ahead.told(self.session, hops))
+        for hop, flow in reversed(list(zip(hops, told, strict=True))):
             self._sent(await send(self._peers, hop.address, Frame(flow)))
         self._flows = True
-        self._fed = plan.feed_from
+        self._marks.fed = plan.feed_from
         self._progress.rebuilds(len(self.tokens) - min(plan.feed_from, *(s.forward_from for s in plan.stages)))
-        self._rebuilt_to = len(self.tokens)
-        return layers_anew(hops, stages, self._received)
+        self._marks.rebuilt_to = len(self.tokens)
+        return layers_anew(hops, stages, self._marks.received)
 
     async def _open_stages(self, hops: Sequence[Hop]) -> list[StageState]:
         """Every stage's state at this epoch. Raises `KvExhausted` or `StageRefused`, having noted whom to avoid."""
@@ -372,8 +377,7 @@ class Chain:
             if remaining_s <= 0:
                 break
             await self._waker.sleep(remaining_s)
-        opened = answers.opened()
-        for node, _ in opened:
+        for node, _ in (opened := answers.opened()):
             self._require_device(node)
         refusal = answers.refused()
         if refusal is None and self._trouble is None:

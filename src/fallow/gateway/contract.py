@@ -23,6 +23,7 @@ from fallow.domain.errors import (
 from fallow.domain.fleet import Hop
 from fallow.domain.ids import Digest, NodeId, SessionId
 from fallow.domain.model import Manifest
+from fallow.domain.sampling import Recipe
 
 Meanwhile = Callable[[], Awaitable[None]]
 """What is done while devices compute."""
@@ -92,9 +93,16 @@ class TokenSource(Protocol):
         ...
 
     async def open(
-        self, model: Digest, prompt: Sequence[int], max_new_tokens: int, top_k: int | None, owner: str
+        self,
+        model: Digest,
+        prompt: Sequence[int],
+        max_new_tokens: int,
+        top_k: int | None,
+        owner: str,
+        recipe: Recipe | None = None,
     ) -> Conversation:
         """Find a chain and reserve room. `owner` (an API key's id) scopes prefix reuse: no cache is shared across keys.
+        `recipe`: how every token is going to be chosen, when that can be told; devices then run ahead.
 
         Raises `UnknownModel`, `NoRoute`, `KvExhausted`, `ContextExceeded`.
         """

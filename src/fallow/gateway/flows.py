@@ -4,10 +4,10 @@ A device that comes twice in a chain holds two stages of the session, which must
 its own name there (`Hop.visit`, `domain.ids.at_visit`), in its grant and in every frame.
 """
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 
 from fallow.domain.fleet import Hop
-from fallow.domain.frames import Flow, OpenStage, StageState
+from fallow.domain.frames import Ahead, Flow, OpenStage, StageState
 from fallow.domain.ids import Digest, NodeId, SessionId, at_visit
 from fallow.policy.recovery import ChainPlan, Rewind, StagePosition, valid_tokens
 
@@ -21,6 +21,17 @@ def left_behind(session: SessionId, before: Sequence[Hop], after: Sequence[Hop])
     """Stages that are not part of a chain any more, or are for other layers now."""
     stay = {(*stage_of(session, hop), hop.span) for hop in after}
     return [stage_of(session, hop) for hop in before if (*stage_of(session, hop), hop.span) not in stay]
+
+
+def describe(hops: Sequence[Hop]) -> str:
+    """For people."""
+    return " > ".join(f"{hop.address.node[:8]}{hop.span}" for hop in hops)
+
+
+def layers_on(nodes: Set[NodeId], hops: Sequence[Hop]) -> tuple[int, int]:
+    """Layers of a chain that these devices hold, and all."""
+    held = sum(hop.span.layer_count for hop in hops if hop.address.node in nodes)
+    return held, sum(hop.span.layer_count for hop in hops)
 
 
 def positions(states: Sequence[StageState], fed: int, rewinds: Sequence[Rewind]) -> list[StagePosition]:
@@ -51,8 +62,12 @@ def openings(
     )
 
 
-def flows(session: SessionId, epoch: int, hops: Sequence[Hop], plan: ChainPlan, results_from: int) -> tuple[Flow, ...]:
-    """For each hop, in order, from whom its rows come, where they go, and from which position on."""
+def flows(
+    session: SessionId, epoch: int, hops: Sequence[Hop], plan: ChainPlan, results_from: int, ahead: Ahead | None
+) -> tuple[Flow, ...]:
+    """For each hop, in order, from whom its rows come, where they go, and from which position on. `ahead`: the last
+    one's leave to run ahead."""
+    last = len(hops) - 1
     names = [at_visit(session, hop.visit) for hop in hops]
     following = [*zip((hop.address for hop in hops[1:]), names[1:], strict=True), (None, None)]
     previous = [None, *(hop.address.node for hop in hops[:-1])]
@@ -66,6 +81,8 @@ def flows(session: SessionId, epoch: int, hops: Sequence[Hop], plan: ChainPlan, 
             forward_from=stage.forward_from,
             results_from=results_from,
             rewind_to=stage.rewind_to,
+            ahead=ahead if index == last else None,
+            ahead_from=hops[last].address.node if ahead is not None and index == 0 else None,
         )
         for index, stage in enumerate(plan.stages)
     )

@@ -19,7 +19,7 @@ from fallow.domain.clock import Clock
 from fallow.domain.errors import FallowError
 from fallow.gateway.contract import Conversation, TokenSource
 from fallow.gateway.detokenise import Detokeniser
-from fallow.gateway.sampling import HEAD_TOP_K, Sampler, SamplingParams, needs_full_vocabulary, top_logprobs
+from fallow.gateway.sampling import HEAD_TOP_K, Sampler, SamplingParams, adjusts, needs_full_vocabulary, top_logprobs
 from fallow.gateway.stopping import StopScanner
 from fallow.gateway.text import TextModel
 
@@ -100,10 +100,12 @@ async def generate(
     """Generate one choice. Raises what `TokenSource.open` and the conversation raise."""
     started_s = clock.monotonic_s()
     top_k = None if needs_full_vocabulary(spec.sampling) else HEAD_TOP_K
-    conversation = await source.open(model.digest, spec.prompt, spec.max_new_tokens, top_k, spec.owner)
+    sampler = Sampler(spec.sampling, spec.seed, spec.index)
+    recipe = None if adjusts(spec.sampling) else sampler.recipe
+    conversation = await source.open(model.digest, spec.prompt, spec.max_new_tokens, top_k, spec.owner, recipe)
     keep = False
     try:
-        await _run(conversation, model, spec, tally, emit, clock, observer, started_s)
+        await _run(conversation, model, spec, sampler, tally, emit, clock, observer, started_s)
         keep = spec.keep
     finally:
         await _close(conversation, keep=keep)
@@ -122,13 +124,13 @@ async def _run(
     conversation: Conversation,
     model: TextModel,
     spec: ChoiceSpec,
+    sampler: Sampler,
     tally: Tally,
     emit: Emit,
     clock: Clock,
     observer: Observer,
     started_s: float,
 ) -> None:
-    sampler = Sampler(spec.sampling, spec.seed, spec.index)
     detokeniser = Detokeniser(model.token_bytes)
     scanner = StopScanner(spec.stops)
     logprobs: list[TokenLogprob] = []

@@ -17,6 +17,7 @@ from fallow.domain.clock import Clock
 from fallow.domain.errors import ContextExceeded, EngineError, FallowError, KvExhausted, UnknownModel
 from fallow.domain.ids import Digest
 from fallow.domain.model import Manifest
+from fallow.domain.sampling import Recipe
 from fallow.gateway.contract import Candidates, Meanwhile
 from fallow.models.manifest import manifest_digest
 
@@ -100,7 +101,13 @@ class MemoryTokenSource:
         return self._manifests
 
     async def open(
-        self, model: Digest, prompt: Sequence[int], max_new_tokens: int, top_k: int | None, owner: str
+        self,
+        model: Digest,
+        prompt: Sequence[int],
+        max_new_tokens: int,
+        top_k: int | None,
+        owner: str,
+        recipe: Recipe | None = None,
     ) -> "MemoryConversation":
         manifest = self._by_digest.get(model)
         if manifest is None:

@@ -26,6 +26,7 @@ from fallow.domain.errors import FallowError, KvExhausted
 from fallow.domain.ids import NodeId, SessionId
 from fallow.gateway.chain import Chain
 from fallow.gateway.contract import NOT_NOW
+from fallow.gateway.flows import describe
 from fallow.policy.recovery import supersedes
 
 ROUNDS: Final = 2
@@ -130,7 +131,7 @@ class Moves:
         self._moves.pop(chain.session, None)
         move.to.append(*chain.since(len(move.to.tokens)))
         move.to.repairs += chain.repairs + 1
-        self._on_event(f"session {chain.session[:8]}: moved to {move.to.session[:8]} over {move.to.describe()}")
+        self._on_event(f"session {chain.session[:8]}: moved to {move.to.session[:8]} over {describe(move.to.hops)}")
         self._drop(chain)
         return move.to
 
@@ -143,7 +144,7 @@ class Moves:
         tries_end_s = self._clock.monotonic_s() + MOVE_TRIES_S
         while True:
             try:
-                await to.establish()
+                await to.establish(leave=chain.ahead.leave)
                 break
             except NOT_NOW as error:
                 if self._clock.monotonic_s() >= tries_end_s:

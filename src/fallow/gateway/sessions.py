@@ -33,6 +33,7 @@ from fallow.domain.fleet import Catalogue, GatewayReport, NodeGone, Subjects
 from fallow.domain.frames import Fault, Frame, Phase, Refused, Result, StageState
 from fallow.domain.ids import VISITS_MAX, Digest, NodeId, SessionId, at_visit
 from fallow.domain.model import Manifest
+from fallow.domain.sampling import Recipe
 from fallow.fabric.contract import Bus, Subscription
 from fallow.fabric.peers import Peers
 from fallow.gateway.accusations import Accusations
@@ -47,6 +48,7 @@ from fallow.gateway.ownership import Superseded
 from fallow.gateway.questions import Questions
 from fallow.gateway.renewals import Renewals
 from fallow.gateway.results import Payload, last_candidates
+from fallow.gateway.running_ahead import Leave, leave_for
 from fallow.models.store import Store
 from fallow.trust.contract import Lease, Routes
 from fallow.trust.grants import require_working
@@ -106,7 +108,7 @@ class FleetTokenSource:
     def __init__(
         self, bus: Bus, peers: Peers, store: Store, clock: Clock, subjects: Subjects, origin: NodeId, url: str = "",
         new_session: Callable[[], SessionId] = lambda: SessionId(secrets.token_hex(16)), *, lease: Lease,
-        routes: Routes,
+        routes: Routes, run_ahead: bool = True,
     ) -> None:  # fmt: skip
         self._bus = bus
         self._peers = peers
@@ -123,6 +125,7 @@ class FleetTokenSource:
         self._router = CarefulRouter(asking, self._lost)
         self._renewals = Renewals(self._router, peers, clock)
         self._lease = lease
+        self._run_ahead = run_ahead
         self.moves = Moves(self._beside, self._drop, self._on_event, clock)
         self._kept = KeptChains(clock)
         self._owner = FleetOwner(self._lost, self.moves, self._kept, lease)
@@ -162,8 +165,9 @@ class FleetTokenSource:
         return tuple(self._manifests.values())
 
     async def open(
-        self, model: Digest, prompt: Sequence[int], max_new_tokens: int, top_k: int | None, owner: str
-    ) -> FleetConversation:
+        self, model: Digest, prompt: Sequence[int], max_new_tokens: int, top_k: int | None, owner: str,
+        recipe: Recipe | None = None,
+    ) -> FleetConversation:  # fmt: skip
         require_working(self._lease)
         manifest = self._manifests.get(model)
         if manifest is None:
@@ -173,11 +177,14 @@ class FleetTokenSource:
         if not prompt or total > limit:
             message = f"{len(prompt)} prompt and {max_new_tokens} completion tokens do not fit a context of {limit}."
             raise ContextExceeded(message)
-        reused = await self._reuse(model, prompt, total, top_k, owner)
+        leave = None
+        if recipe is not None and self._run_ahead:
+            leave = leave_for(recipe, top_k, len(prompt), total, manifest.eos_token_ids)
+        reused = await self._reuse(model, prompt, total, top_k, owner, leave)
         if reused is not None:
             return reused
         chain = self._new_chain(model, total, top_k)
-        await self._establish(chain)
+        await self._establish(chain, leave)
         return FleetConversation(self, chain, owner, prompt, kept=0)
 
     def _new_chain(self, model: Digest, reserve_tokens: int, top_k: int | None) -> Chain:
@@ -202,7 +209,7 @@ class FleetTokenSource:
         return beside
 
     async def _reuse(
-        self, model: Digest, prompt: Sequence[int], total: int, top_k: int | None, owner: str
+        self, model: Digest, prompt: Sequence[int], total: int, top_k: int | None, owner: str, leave: Leave | None
     ) -> FleetConversation | None:
         """A kept chain that shares a prefix with the prompt, rewound to it."""
         found = self._kept.take(model, prompt, owner)
@@ -213,7 +220,7 @@ class FleetTokenSource:
         chain.reserve_tokens = max(chain.reserve_tokens, total)
         self._live[chain.session] = chain
         try:
-            await chain.establish(keep_tokens=shared)
+            await chain.establish(keep_tokens=shared, leave=leave)
         except BaseException as error:
             self._drop(chain)
             if isinstance(error, NOT_NOW):
@@ -221,13 +228,13 @@ class FleetTokenSource:
             raise
         return FleetConversation(self, chain, owner, prompt, kept=shared)
 
-    async def _establish(self, chain: Chain) -> None:
+    async def _establish(self, chain: Chain, leave: Leave | None) -> None:
         self._live[chain.session] = chain
         try:
             for attempt in range(1, OPEN_ATTEMPTS_MAX + 1):
                 require_working(self._lease)
                 try:
-                    await chain.establish()
+                    await chain.establish(leave=leave)
                     return
                 except KvExhausted:
                     chain.ask_for_room()

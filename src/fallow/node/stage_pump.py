@@ -5,6 +5,7 @@ Rules
 - Output rows are logged before they are sent, so a send that fails loses nothing. All logs together stay under the log
   budget by giving up their oldest rows.
 - The next stage may be on this device, too, as another session (`domain.ids.at_visit`): its rows take no link.
+- A last stage that may tell the first one what comes next does so before it answers (`running_ahead.py`).
 - Rows that a sound predecessor cannot have sent (`row_checks.py`) are not computed: the gateway hears whom to suspect.
 - Rows are counted against the session's grant before they are computed; what it does not allow ends the session.
 
@@ -13,18 +14,19 @@ Which sessions there are, and what arrives for them, is `stages.py`'s.
 
 import asyncio
 import logging
-from collections.abc import Collection
+from collections.abc import Collection, Coroutine
 from typing import Final, Protocol
 
 from fallow.domain.clock import Clock
 from fallow.domain.errors import EngineLost, FabricError, FallowError, NumericFault, PassportRefused
-from fallow.domain.frames import Flow, Frame, OpenStage, PeerAddress, Result, Rows, StageState
+from fallow.domain.frames import MISLED, Flow, Frame, OpenStage, PeerAddress, Result, Rows, StageState
 from fallow.domain.ids import NodeId
 from fallow.engine.contract import StageEngine, Step, Stepped
 from fallow.fabric.peers import Peers
 from fallow.node.activation_log import LoggedRows
 from fallow.node.allowance import Allowances, code_of
 from fallow.node.row_checks import RowChecks
+from fallow.node.running_ahead import next_rows
 from fallow.node.stage_session import Session, Waiting
 
 TAKE_MAX_S: Final = 30.0
@@ -52,6 +54,10 @@ class Home(Protocol):
 
     def end(self, session: Session) -> None:
         """Free a session. Idempotent."""
+        ...
+
+    def later(self, work: Coroutine[object, object, None]) -> None:
+        """Do this beside everything else."""
         ...
 
 
@@ -135,15 +141,17 @@ class StagePump:
         await self._send_to_gateway(session, Frame(state))
 
     async def _start_flow(self, session: Session, flow: Flow) -> None:
-        session.flow_pending = None
         if flow.rewind_to is not None and flow.rewind_to < session.position:
             await self._engine.rewind(session.engine_id, flow.rewind_to)
             session.position = flow.rewind_to
             self.log_bytes -= session.log.size_bytes
             session.log.rewind(flow.rewind_to)
             self.log_bytes += session.log.size_bytes
-        session.flowed_epoch = flow.epoch
-        session.flow = flow
+        if session.flow_pending is not flow:
+            return
+        session.starts(flow)
+        if flow.ahead is not None:
+            self._home.later(self._reach(flow.ahead.first))
         if flow.next is None:
             return
         for rows in session.log.replay(flow.forward_from):
@@ -155,6 +163,14 @@ class StagePump:
         flow = session.flow
         assert flow is not None
         rows, payload = item.header, item.payload
+        if session.runs_ahead(item):
+            if not session.told.may_compute(rows, payload, session.position, item):
+                return
+        elif flow.ahead_from is not None and not session.told.confirm(rows, payload):
+            session.flow = None
+            message = "The last stage named another token than came."
+            self._home.fault(session, MISLED, message, suspect=flow.ahead_from)
+            return
         skipped = session.position - rows.position
         if skipped >= rows.count:
             return
@@ -212,6 +228,7 @@ class StagePump:
         return refused is None
 
     async def _answer(self, session: Session, flow: Flow, step: Step, stepped: Stepped) -> None:
+        chosen = self._tell_first(flow, step, stepped) if session.flow is flow else None
         result = Result(
             session=session.id,
             epoch=flow.epoch,
@@ -219,8 +236,29 @@ class StagePump:
             count=step.count,
             logit_count=stepped.logit_count,
             k=stepped.k,
+            chosen=chosen,
         )
         await self._send_to_gateway(session, Frame(result, stepped.payload))
+
+    def _tell_first(self, flow: Flow, step: Step, stepped: Stepped) -> int | None:
+        """Which token the first stage was told comes next, if it was."""
+        told = None if flow.ahead is None else next_rows(flow.ahead, flow.epoch, step, stepped)
+        if flow.ahead is None or told is None:
+            return None
+        first, frame = flow.ahead.first.node, Frame(*told)
+        if first == self._peers.own:
+            self._home.handle(first, frame)
+        elif not (self._peers.computes(first) and self._peers.post(first, frame)):
+            return None
+        return int.from_bytes(told[1], "little")
+
+    async def _reach(self, first: PeerAddress) -> None:
+        """Have a link with the first stage. Without one, it waits for its gateway."""
+        try:
+            if first.node != self._peers.own:
+                await self._peers.connect(first)
+        except FallowError as error:
+            log.debug("the first stage, %s, cannot be told what comes next: %s", first.node[:8], error)
 
     async def _forward(self, session: Session, flow: Flow, rows: LoggedRows) -> None:
         assert flow.next is not None

@@ -3,7 +3,8 @@
 Rules
 - Rows of the present epoch wait in the order in which they came; rows of a newer one wait aside, where they hold up
   nobody. Once the gateway has named a predecessor, only its rows are taken; before that, rows of anybody wait, because
-  the predecessor may have heard of the new flow first.
+  the predecessor may have heard of the new flow first. The first stage of a chain that runs ahead takes the last one's,
+  too (`running_ahead.py`).
 - What waits is bounded: in rows and bytes for each session, in bytes for all sessions of a gateway, and in all.
 - A session is *used* when it is opened and when it has computed. `expiry` says when one that rests is to go.
 
@@ -20,6 +21,7 @@ from fallow.domain.frames import Flow, OpenStage, Rows
 from fallow.domain.ids import NodeId, SessionId
 from fallow.node.activation_log import ActivationLog, Buffer
 from fallow.node.allowance import Allowance
+from fallow.node.running_ahead import Told
 
 HELD_ROWS_MAX: Final = 16_384
 """Rows that a session may have waiting, across frames."""
@@ -153,6 +155,7 @@ class Session:
         self.flow: Flow | None = None
         self.flowed_epoch = 0
         self.log = ActivationLog()
+        self.told: Told[Waiting] = Told()
         self.admitted = False
         self.ended = False
         self.rests = False
@@ -170,17 +173,25 @@ class Session:
         self.epoch = epoch
         self.flow = None
         self.flow_pending = None
+        self.told = Told()
         self._drop_present()
         early, self._early = self._early, _Queue(self.gateway, self._budget)
         while (item := early.pop()) is not None:
             if item.header.epoch >= epoch:
                 self._place(item)
 
+    def starts(self, flow: Flow) -> None:
+        """Rows flow this way from now on."""
+        self.flow_pending = None
+        self.flow = flow
+        self.flowed_epoch = flow.epoch
+        self.told = Told(self.position)
+
     def hold(self, item: Waiting) -> Held:
         """Keep rows that arrived until their turn. Those of older epochs are ignored."""
         header, flow = item.header, self.flow_pending or self.flow
         flows = flow is not None and header.epoch == self.epoch
-        if header.epoch < self.epoch or (flows and item.sender != self._predecessor(flow)):
+        if header.epoch < self.epoch or (flows and not self._feeds(item.sender, flow)):
             return Held.IGNORED
         if len(item.payload) <= header.count * ROW_BYTES_MAX and self._place(item):
             return Held.WAITS
@@ -190,10 +201,17 @@ class Session:
         """The next rows of the present epoch, if they may flow."""
         if self.flow is None:
             return None
+        due = self.told.due()
+        if due is not None:
+            return due
         while (item := self._present.pop()) is not None:
-            if item.sender == self._predecessor(self.flow):
+            if self._feeds(item.sender, self.flow):
                 return item
         return None
+
+    def runs_ahead(self, item: Waiting) -> bool:
+        """Whether these rows are the last stage's word, before the gateway's."""
+        return self.flow is not None and self.flow.previous is None and item.sender != self.gateway
 
     def expiry(self, now_s: float) -> Expiry | None:
         """Why this session is to be ended now, if it is."""
@@ -226,5 +244,8 @@ class Session:
         while self._present.pop() is not None:
             pass
 
-    def _predecessor(self, flow: Flow | None) -> NodeId:
-        return (flow.previous if flow is not None else None) or self.gateway
+    def _feeds(self, sender: NodeId, flow: Flow | None) -> bool:
+        """Whether rows of this sender are taken."""
+        if flow is None or flow.previous is None:
+            return sender == self.gateway or (flow is not None and sender == flow.ahead_from)
+        return sender == flow.previous

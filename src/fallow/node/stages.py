@@ -163,7 +163,8 @@ class StageRelay:
         session = self._sessions.get(flow.session)
         if session is None or session.gateway != peer or flow.epoch < session.epoch:
             return
-        if flow.next_session is not None and not same_conversation(flow.next_session, session.id):
+        elsewhere = [flow.next_session, None if flow.ahead is None else flow.ahead.first_session]
+        if not all(name is None or same_conversation(name, session.id) for name in elsewhere):
             self.fault(session, "unknown_session", "Rows go on in their own session alone.")
             return
         if flow.epoch > session.epoch:
@@ -286,7 +287,7 @@ class StageRelay:
         session.end()
         self._allowances.ended(session.allowance)
         self._pump.forget(session)
-        self._later(self._free(session))
+        self.later(self._free(session))
 
     async def _free(self, session: Session) -> None:
         if session.pump is not None and session.pump is not asyncio.current_task():
@@ -297,7 +298,8 @@ class StageRelay:
         except (FallowError, LinkClosed) as error:
             log.debug("session %s: %s", session.id[:8], error)
 
-    def _later(self, work: Coroutine[object, object, None]) -> None:
+    def later(self, work: Coroutine[object, object, None]) -> None:
+        """Do this beside everything else; whoever closes this waits for it."""
         task = asyncio.get_running_loop().create_task(work)
         self._ending.add(task)
         task.add_done_callback(self._ending.discard)

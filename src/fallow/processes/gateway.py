@@ -59,8 +59,9 @@ async def run(config: Config, parent_pid: int | None = None) -> None:
     peers = Peers(endpoint, clock, role="gateway", admission=party.admission, on_frame=on_frame, on_lost=on_lost)
     files = StoreServer(store, bus, peers, clock, subjects, endpoint.address)
     source = FleetTokenSource(
-        bus, peers, store, clock, subjects, party.who.node, api_url(config), lease=party.lease, routes=party.routes
-    )
+        bus, peers, store, clock, subjects, party.who.node, api_url(config), lease=party.lease, routes=party.routes,
+        run_ahead=config.gateway.run_ahead,
+    )  # fmt: skip
     keys = [ApiKey(id=key.id, sha256=key.sha256, limits=key.limits) for key in config.gateway.keys]
     rules = AdmissionRules(
         wait_max_s=config.gateway.wait_max_s,

@@ -18,6 +18,7 @@ from fallow.domain.errors import FallowError, KvExhausted
 from fallow.domain.fleet import Subjects
 from fallow.domain.frames import Frame, Phase
 from fallow.domain.ids import Digest, NodeId, SessionId
+from fallow.domain.sampling import Recipe
 from fallow.fabric.peers import Peers
 from fallow.gateway.admission import Admission
 from fallow.gateway.chain import Chain
@@ -178,7 +179,9 @@ class SimulatedGateway:
     async def _converse(self, turn: Turn, model: Digest, ask: Ask, telling: Telling) -> None:
         conversation: FleetConversation | None = None
         try:
-            conversation = await self.source.open(model, ask.prompt, ask.completion_tokens, GREEDY_TOP_K, ask.key)
+            conversation = await self.source.open(
+                model, ask.prompt, ask.completion_tokens, GREEDY_TOP_K, ask.key, Recipe()
+            )
             turn.accepted_s = self._clock.monotonic_s()
             turn.session = conversation.chain.session
             self._open[turn.number] = turn, conversation

@@ -7,7 +7,7 @@ Bounds are the product's own where it has one; a bound in time is what the produ
 from collections.abc import Collection, Sequence
 from typing import Final
 
-from fallow.domain.frames import Rows
+from fallow.domain.frames import AHEAD_ROWS, Rows
 from fallow.domain.ids import NodeId, SessionId, same_conversation
 from fallow.fabric.memory_bus import PENDING_MESSAGES_MAX
 from fallow.gateway.chain import REPAIR_TIMEOUT_S
@@ -69,12 +69,21 @@ def queues_are_bounded(node: NodeView) -> str | None:
     return None
 
 
+def chains_run_ahead_within_bounds(node: NodeView) -> str | None:
+    """No chain computes more beyond its gateway's word than it may: without that word it stops."""
+    for stage in node.stages:
+        if stage.rows_ahead > AHEAD_ROWS:
+            return f"{node.name}: session {stage.session[:8]} is {stage.rows_ahead} rows ahead of its gateway"
+    return None
+
+
 NODE_INVARIANTS: Final = (
     memory_is_within_the_owners_limit,
     kv_is_within_its_budget,
     logs_are_within_their_budget,
     who_is_gone_computes_nothing,
     queues_are_bounded,
+    chains_run_ahead_within_bounds,
 )
 
 # --- coordinators -------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 
 import msgspec
 
+from fallow.domain.frames import Rows
 from fallow.domain.ids import NodeId, SessionId
 from fallow.node.agent import Agent
 from fallow.simulator.devices import SimulatedDevice
@@ -22,6 +23,8 @@ class StageView(msgspec.Struct, frozen=True, kw_only=True):
     gateway: NodeId
     waiting_rows: int
     waiting_bytes: int
+    rows_ahead: int = 0
+    """Computed beyond what the gateway has sent; of first stages."""
 
 
 class NodeView(msgspec.Struct, frozen=True, kw_only=True):
@@ -87,7 +90,14 @@ def _stages(agent: Agent) -> Iterable[StageView]:
             gateway=session.gateway,
             waiting_rows=sum(item.header.count for queue in queues for item in queue._items),
             waiting_bytes=sum(len(item.payload) for queue in queues for item in queue._items),
+            rows_ahead=session.told.beyond(session.position) if session.flow and session.flow.ahead_from else 0,
         )
+
+
+def runs_ahead(device: SimulatedDevice | None, sender: NodeId, rows: Rows) -> bool:
+    """Whether rows that came to a device are a last stage's word to the first one."""
+    held = None if device is None or device.agent is None else device.agent.relay._sessions.get(rows.session)
+    return held is not None and held.span.first == 0 and sender != held.gateway
 
 
 def _log_bytes(agent: Agent) -> int:

@@ -1,6 +1,7 @@
 """The frame codec under arbitrary chunking, truncation and hostile bytes."""
 
 import itertools
+import math
 import struct
 
 import msgspec
@@ -12,6 +13,7 @@ from fallow.domain.errors import FrameError
 from fallow.domain.frames import (
     MAX_FRAME_BYTES,
     MAX_HEADER_BYTES,
+    Ahead,
     AnyHeader,
     Chunk,
     CloseSession,
@@ -32,6 +34,7 @@ from fallow.domain.frames import (
     StageState,
 )
 from fallow.domain.model import Span
+from fallow.domain.sampling import Recipe
 from fallow.fabric.codec import FrameDecoder, encode, encode_parts
 from fallow.fabric.frame_checks import fields_without_check
 from tests.unit.fabric.support import STEADY
@@ -47,6 +50,24 @@ words = st.text(max_size=64)
 addresses = st.builds(PeerAddress, digests, st.lists(words, max_size=16).map(tuple))
 top_ks = st.none() | st.integers(1, 1024)
 spans = st.integers(0, 4000).flatmap(lambda first: st.builds(Span, st.just(first), st.integers(first + 1, 4096)))
+recipes = st.builds(
+    Recipe,
+    temperature=st.floats(0, 2),
+    top_p=st.floats(0, 1),
+    top_k=top_ks,
+    min_p=st.floats(0, 1),
+    seed=st.integers(0, (1 << 64) - 1),
+    index=st.integers(0, 127),
+)
+aheads = st.builds(
+    Ahead,
+    first=addresses,
+    first_session=sessions,
+    recipe=recipes,
+    drawn_from=positions,
+    until=positions,
+    ends=st.lists(positions, max_size=64).map(tuple),
+)
 
 without_payload = st.one_of(
     st.builds(
@@ -71,6 +92,8 @@ without_payload = st.one_of(
         forward_from=positions,
         results_from=positions,
         rewind_to=st.none() | positions,
+        ahead=st.none() | aheads,
+        ahead_from=st.none() | digests,
     ),
     st.builds(CloseSession, session=sessions),
     st.builds(Fault, session=sessions, epoch=epochs, code=words, message=words, suspect=st.none() | digests),
@@ -122,6 +145,12 @@ def rows(**changes: object) -> Rows:
         "top_k": None,
     }
     return Rows(**(base | changes))  # type: ignore[arg-type]
+
+
+def told(recipe: Recipe, ends: tuple[int, ...] = ()) -> Flow:
+    """A last stage's flow."""
+    ahead = Ahead(first=PeerAddress(DIGEST, ()), first_session=SESSION, recipe=recipe, drawn_from=0, until=9, ends=ends)
+    return Flow(session=SESSION, epoch=0, previous=None, next=None, forward_from=0, results_from=0, ahead=ahead)
 
 
 def flow(following: PeerAddress) -> Flow:
@@ -228,6 +257,13 @@ def test_a_missing_field_is_named() -> None:
         (flow(PeerAddress(DIGEST, ("a:1",) * 17)), "Flow.next: expected at most 16 of"),
         (flow(PeerAddress(DIGEST, ("a" * 257,))), "Flow.next: expected at most 16 of at most 256"),
         (flow(PeerAddress("me", ())), "Flow.next: expected 64 lower-case hex"),
+        (told(Recipe(temperature=math.nan)), "Flow.ahead: expected a temperature of 0 or more"),
+        (told(Recipe(temperature=-0.5)), "Flow.ahead: expected a temperature of 0 or more"),
+        (told(Recipe(top_p=1.5)), "Flow.ahead: expected a temperature of 0 or more, and shares"),
+        (told(Recipe(min_p=-1.0)), "Flow.ahead: expected a temperature of 0 or more, and shares"),
+        (told(Recipe(top_k=0)), "Flow.ahead: expected 1 to 1024"),
+        (told(Recipe(), ends=(7,) * 65), "Flow.ahead: expected at most 64 tokens"),
+        (told(Recipe(), ends=(-7,)), "Flow.ahead: expected at most 64 tokens"),
         (
             Result(session=SESSION, epoch=0, position=0, count=1, logit_count=2, k=1),
             "Result: expected logit_count <= count",
