@@ -302,9 +302,7 @@ def _read_file(path: Path, names: Mapping[str, Any]) -> list[tuple[str, Any]]:
     try:
         content = path.read_bytes()
         if len(content) > FILE_MAX_BYTES:
-            raise ConfigError(
-                f"The file {path.name} is larger than {FILE_MAX_BYTES} bytes; it cannot be a configuration."
-            )
+            raise ConfigError(f"The file {path.name} is larger than {FILE_MAX_BYTES} bytes: that is no configuration.")
         table = tomllib.loads(content.decode())
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ConfigError(f"The file {path.name} cannot be read: {error}.") from error

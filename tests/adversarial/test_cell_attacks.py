@@ -4,6 +4,7 @@ Two real coordinators of two cells on virtual time, each with its key and passpo
 anything: a captured server. What cells do with each other: `tests/simulation/test_cells.py`.
 """
 
+import asyncio
 from collections.abc import Awaitable, Callable, Iterator
 
 import msgspec
@@ -15,6 +16,7 @@ from fallow.domain.fleet import FindChain, MeasureRtt, RouteReply, RouteRequest,
 from fallow.domain.ids import SessionId
 from fallow.fabric.memory_bus import MemoryHub
 from fallow.policy.cells import CellRules
+from fallow.processes.nearest_cell import cells_around
 from fallow.simulator.virtual_time import run_virtual
 from fallow.trust.cell_words import SignedCellWords
 from fallow.trust.grants import Author
@@ -202,5 +204,43 @@ def test_a_captured_bus_says_again_what_a_cell_told_in_an_earlier_term() -> None
         await world.clock.sleep(0.1)
         (known,) = world.cells["one"].coordinator.status().neighbours
         assert known.digest == later, "a new term counts, though its sequence is lower"
+
+    run(script)
+
+
+def test_a_captured_bus_tells_devices_to_leave_their_cell() -> None:
+    """
+    Attack: the bus says to the devices of a cell that it dissolves into another, in the clear, under the seal of every
+        other role and of that other cell's coordinator, and says again what their coordinator told in an earlier term.
+    Expected: not believed: a device sees its cell as its own coordinator tells of it now.
+    Unharmed: a cell that does dissolve, by its own coordinator's word, is heard.
+    """
+
+    async def script(world: World) -> None:
+        device, rules = world.hub.connect("device"), msgspec.structs.replace(RULES, digest_interval_s=2.0)
+        now = f"{world.clock.unix_s() + 1:.6f}"
+        going = msgspec.structs.replace(paradise("one"), dissolves_into="two", boot=now)
+
+        async def seen() -> set[tuple[str, str | None]]:
+            offers = await cells_around(device, world.clock, "one", world.words("one", STRANGER, Role.NODE), rules)
+            return {(offer.cell, offer.dissolves_into) for offer in offers}
+
+        async def lie(*messages: bytes) -> None:
+            while True:
+                for message in messages:
+                    await world.bus.publish(digests("one"), message)
+                await world.clock.sleep(0.3)
+
+        forged = [msgspec.json.encode(going), *(by.tell(going) for by in world.forgers())]
+        forged.append(world.words("one").tell(msgspec.structs.replace(going, boot="1")))
+        lying = asyncio.create_task(lie(*forged))
+        await world.clock.sleep(0.1)
+        assert await seen() == {("one", None), ("two", None)}
+        lying.cancel()
+        lying = asyncio.create_task(lie(world.words("one").tell(going)))
+        assert await seen() == {("one", "two"), ("two", None)}
+        lying.cancel()
+        await asyncio.gather(lying, return_exceptions=True)
+        await world.works()
 
     run(script)

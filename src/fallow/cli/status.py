@@ -28,6 +28,8 @@ from fallow.domain.ids import Digest, NodeId
 REFRESH_S: Final = 1.0
 SHORT_ID_CHARS: Final = 8
 SILENT_WARN_S: Final = 2.5
+NAMED_MAX: Final = 8
+"""Devices of a cell that has outgrown itself, named as those that should go."""
 
 _STATUS_STYLES = {
     StageStatus.READY: "green",
@@ -104,6 +106,7 @@ def tables(fleet: FleetStatus) -> RenderableType:
     if fleet.coordinators:
         parts += [Text(), _coordinators(fleet.coordinators)]
     parts += _neighbours(fleet)
+    parts += _cell_size(fleet, names)
     parts += [_quarantined(each, names) for each in fleet.quarantined]
     if fleet.dropped_messages:
         dropped = ", ".join(f"{count} {one_line(kind)}" for kind, count in sorted(fleet.dropped_messages.items()))
@@ -203,10 +206,37 @@ def _neighbours(fleet: FleetStatus) -> list[RenderableType]:
         load = f", busiest model at {max(item.load for item in told):.0%}" if told else ""
         sent = f", {_count(each.sessions_sent, 'session')} sent there" if each.sessions_sent else ""
         devices = _count(each.digest.devices, "device")
-        lines.append(
-            Text(f"Cell {one_line(each.digest.cell)}: {devices}{away}, serves {_count(len(told), 'model')}{load}{sent}")
-        )
+        into = each.digest.dissolves_into
+        ends = "" if into is None else f", dissolves into {one_line(into)}"
+        serves = f"serves {_count(len(told), 'model')}{load}"
+        lines.append(Text(f"Cell {one_line(each.digest.cell)}: {devices}{away}, {serves}{sent}{ends}"))
     return [Text(), *lines] if lines else []
+
+
+def _cell_size(fleet: FleetStatus, names: dict[NodeId, str]) -> list[RenderableType]:
+    """What is to be done about a cell that has too few devices, or too many."""
+    size = fleet.size
+    if size is None:
+        return []
+    if size.dissolves_into is not None:
+        words = (
+            f"This cell has fewer than {size.devices_min} devices for long, and dissolves into "
+            f"{one_line(size.dissolves_into)}: devices that may choose their cell (node.nearest_cell) go there."
+        )
+        return [Text(), Text(words, style="yellow")]
+    if not size.outgrown:
+        return []
+    text = Text(
+        f"This cell has outgrown itself: more than {_count(size.devices_max, 'device')}. It takes nobody new who may "
+        "choose; start a coordinator of another cell. ",
+        style="yellow",
+    )
+    if size.should_go:
+        some = ", ".join(_name(node, names) for node in size.should_go[:NAMED_MAX])
+        left_out = len(size.should_go) - NAMED_MAX
+        more = f" and {left_out} more (`--json` has all)" if left_out > 0 else ""
+        text.append(f"By their round trips, {_count(len(size.should_go), 'device')} belong there: {some}{more}.")
+    return [Text(), text]
 
 
 def _size(entry: ModelEntry) -> str:

@@ -238,6 +238,9 @@ def cell_digest(subject: str, message: bytes, read: Callable[[bytes], CellDigest
     if not _BOOT.fullmatch(digest.boot):
         raise _refusal("the time when a term began, in digits", digest.boot)
     _text("a region", digest.region, REGION_MAX_CHARS)
+    _cell(digest.cell if digest.dissolves_into is None else digest.dissolves_into)
+    if digest.dissolves_into == digest.cell:
+        raise _refusal("another cell to dissolve into", digest.cell)
     _number("a sequence number", digest.sequence, 0, 1 << 62)
     _number("devices", digest.devices, 0, DEVICES_MAX)
     _number("devices_max", digest.devices_max, 0, DEVICES_MAX)

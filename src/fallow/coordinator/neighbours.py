@@ -10,6 +10,7 @@ Rules
 - What a neighbour asks is answered from this cell alone, so that a question never travels further; a cell that is
   loaded beyond the bound itself gives no chains. A chain's grants are given by the cell whose devices they are for.
   What its gateways report of devices goes to this cell's book of suspects, as that cell's word.
+- A cell that is too small for long says in its digest into which neighbour it dissolves. It serves whoever stays.
 - Where layers of a model are held by nobody here, neighbours are asked who there has its files, and the placer names
   them as sources.
 - What is told and asked is signed by a coordinator of the cell that says it (`trust/cell_words.py`), and checked like
@@ -28,8 +29,9 @@ from typing import TypeVar
 import msgspec
 
 from fallow.coordinator import checks, registry
+from fallow.coordinator.cell_size import SizeWatch
 from fallow.coordinator.registry import Fleet
-from fallow.domain.cells import CellDigest, ModelDigest, NeighbourCell, digests
+from fallow.domain.cells import CellDigest, ModelDigest, NeighbourCell, digests, told_when
 from fallow.domain.clock import Clock
 from fallow.domain.errors import BusMessageError, FabricError, FallowError, NoRoute, TrustError
 from fallow.domain.fleet import (
@@ -110,6 +112,8 @@ class Neighbours:
         self._known: dict[str, _Known] = {}
         self._given: OrderedDict[SessionId, str] = OrderedDict()
         self._own: dict[Digest, ModelDigest] = {}
+        self.size = SizeWatch(cell, clock, rules, fleet)
+        """Whether this cell is too small or too large, and what it says of it."""
         self._boot = ""
         self._sequence = 0
         self._subscriptions: list[Subscription] = []
@@ -137,6 +141,7 @@ class Neighbours:
             telling.cancel()
             await asyncio.gather(telling, return_exceptions=True)
         self._known.clear()
+        self.size.forget()
         self._fleet.elsewhere = {}
 
     def known(self) -> tuple[NeighbourCell, ...]:
@@ -172,7 +177,7 @@ class Neighbours:
         regions = Counter(beat.region for beat in self._fleet.present().values())
         self._own = {told.model: told for told in models}
         self._sequence += 1
-        return CellDigest(
+        digest = CellDigest(
             cell=self._cell,
             boot=self._boot,
             sequence=self._sequence,
@@ -181,6 +186,8 @@ class Neighbours:
             region=max(regions, key=lambda region: (regions[region], region), default=""),
             models=models[: checks.MODELS_MAX],
         )
+        others = [self._seen(known) for known in self._known.values()]
+        return msgspec.structs.replace(digest, dissolves_into=self.size.look(digest, others))
 
     def _model_digest(self, entry: ModelEntry) -> ModelDigest:
         index = self._fleet.index(entry.model)
@@ -203,7 +210,7 @@ class Neighbours:
             if len(self._known) < NEIGHBOURS_MAX:
                 self._known[digest.cell] = _Known(digest, self._clock.monotonic_s())
                 log.info("cell %s is a neighbour: %d devices", digest.cell, digest.devices)
-        elif _when(digest) > _when(known.digest):
+        elif told_when(digest) > told_when(known.digest):
             known.digest, known.heard_s = digest, self._clock.monotonic_s()
 
     def _forget(self) -> None:
@@ -288,16 +295,12 @@ class Neighbours:
 
     def _well(self) -> list[Neighbour]:
         now_s = self._clock.monotonic_s()
-        since_s = now_s - self._rules.sent_counts_s
-        return [
-            Neighbour(
-                digest=known.digest,
-                rtt_s=known.rtt_s,
-                sent=Counter(model for at_s, model in known.sent if at_s >= since_s),
-            )
-            for known in self._known.values()
-            if now_s >= known.unwell_until_s
-        ]
+        return [self._seen(known) for known in self._known.values() if now_s >= known.unwell_until_s]
+
+    def _seen(self, known: _Known) -> Neighbour:
+        since_s = self._clock.monotonic_s() - self._rules.sent_counts_s
+        sent = Counter(model for at_s, model in known.sent if at_s >= since_s)
+        return Neighbour(digest=known.digest, rtt_s=known.rtt_s, sent=sent)
 
     async def _ask(self, cell: str, question: CellQuestion, check: Callable[[bytes], _T]) -> _T | None:
         """The checked answer of a cell; `None` when there is none to be believed, and then it is left alone a while."""
@@ -338,8 +341,3 @@ class Neighbours:
         if own is not None and cells.overloaded(own, self._rules) and not request.keep:
             return RouteReply(error=f"cell {self._cell} is loaded to the bound itself", code=NoRoute.code)
         return self._route(request)
-
-
-def _when(digest: CellDigest) -> tuple[float, int]:
-    """Orders the digests of one cell: what was true in an earlier term, or earlier in this one, is true no more."""
-    return float(digest.boot), digest.sequence

@@ -201,8 +201,7 @@ class Coordinator:
         await self._bus.publish(self._subjects.leader, self._orders.announce(changed))
         self._placing = self._spawn(self._placer.run())
         self._placer.on_change()
-        since_s = self._clock.monotonic_s() - RECENT_LOSS_S
-        for node in membership.lost_since(self.fleet.members, since_s):
+        for node in membership.lost_since(self.fleet.members, self._clock.monotonic_s() - RECENT_LOSS_S):
             await self._announce_gone(node, "it was lost when the coordinator was")
         await self._neighbours.start()
 
@@ -382,6 +381,7 @@ class Coordinator:
             coordinators=(self._colleagues.report(), *self._colleagues.others()),
             quarantined=self._suspects.told(),
             neighbours=self._neighbours.known(),
+            size=self._neighbours.size.told(),
             standing=self._lease.standing,
             why=self._lease.why,
         )

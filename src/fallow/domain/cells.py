@@ -2,7 +2,7 @@
 
 import msgspec
 
-from fallow.domain.ids import Digest
+from fallow.domain.ids import Digest, NodeId
 from fallow.domain.model import Span
 
 
@@ -37,6 +37,21 @@ class CellDigest(msgspec.Struct, frozen=True, kw_only=True):
     region: str = ""
     """Where most of its devices say that they are."""
     models: tuple[ModelDigest, ...] = ()
+    dissolves_into: str | None = None
+    """The cell that its devices should join, because it has too few. It takes nobody new, and serves whoever stays."""
+
+
+class CellSize(msgspec.Struct, frozen=True, kw_only=True):
+    """Whether a cell has the size that one should have, for people."""
+
+    devices_min: int
+    devices_max: int
+    dissolves_into: str | None = None
+    """The cell that its devices are told to join, because it has too few."""
+    outgrown: bool = False
+    """It has more than `devices_max`: an operator should start another cell."""
+    should_go: tuple[NodeId, ...] = ()
+    """When it has outgrown itself: the devices that belong together in another cell, by round trips they measured."""
 
 
 class NeighbourCell(msgspec.Struct, frozen=True, kw_only=True):
@@ -47,6 +62,11 @@ class NeighbourCell(msgspec.Struct, frozen=True, kw_only=True):
     rtt_s: float | None = None
     sessions_sent: int = 0
     """Chains of that cell which were given to sessions of this one, so far."""
+
+
+def told_when(digest: CellDigest) -> tuple[float, int]:
+    """Orders the digests of one cell: what was true in an earlier term, or earlier in this one, is true no more."""
+    return float(digest.boot), digest.sequence
 
 
 def digests(cell: str = "*") -> str:

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import msgspec
 
-from fallow.domain.cells import NeighbourCell
+from fallow.domain.cells import CellSize, NeighbourCell
 from fallow.domain.frames import PeerAddress
 from fallow.domain.ids import VISITS_MAX, Digest, ModelName, NodeId, SessionId
 from fallow.domain.model import ModelConfig, Quantisation, Span, StageSpec
@@ -343,6 +343,8 @@ class FleetStatus(msgspec.Struct, frozen=True, kw_only=True):
     neighbours_left_out: int = 0
     models_left_out: int = 0
     gateways_left_out: int = 0
+    size: CellSize | None = None
+    """Whether the cell has too few devices or too many."""
     standing: str = "working"
     """The coordinator's own `Standing`, which is the network's unless it alone is cut off; and `why`, for people."""
     why: str = ""

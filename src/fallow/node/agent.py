@@ -12,7 +12,8 @@ Rules
   there.
 - When the engine is lost, sessions are told at once, it is started again (`engine_keeper.py`), and what was hosted is
   loaded again.
-- `drain` leaves politely: no new sessions, gateways are asked to move theirs, and there is time for them to do so.
+- `drain` leaves politely: no new sessions, gateways are asked to move theirs, and those that are there have time for
+  it. `move_out` does so for another cell: the device's stay goes on, with another agent, there.
 
 Without a bus it goes on serving the sessions that it has.
 """
@@ -160,16 +161,33 @@ class Agent:
         """Leave politely: have sessions moved, wait for it up to `drain_timeout_s`, say goodbye, close. Idempotent."""
         if self._closed:
             return
+        await self._hand_over()
+        if self._history is not None:
+            self._history.end()
+        await self.close()
+
+    async def move_out(self) -> None:
+        """Leave politely for another cell: as `drain` does, but the history of stays counts no end. Idempotent."""
+        if self._closed:
+            return
+        await self._hand_over()
+        if self._history is not None:
+            self._history.look()
+            await self._history.save()
+        await self.close()
+
+    async def _hand_over(self) -> None:
         self._draining = True
         await self._send_heartbeat()
         self.relay.drain()
         deadline_s = self._clock.monotonic_s() + self._config.drain_timeout_s
-        while self.relay.session_count and self._clock.monotonic_s() < deadline_s:
+        while self._moves_are_awaited() and self._clock.monotonic_s() < deadline_s:
             await self._clock.sleep(DRAIN_POLL_S)
         await self._say_goodbye()
-        if self._history is not None:
-            self._history.end()
-        await self.close()
+
+    def _moves_are_awaited(self) -> bool:
+        """Whether there is a session whose gateway is there to move it. Nobody moves the others."""
+        return any(session.orphaned_at_s is None for session in self.relay.sessions())
 
     async def _say_goodbye(self) -> None:
         try:

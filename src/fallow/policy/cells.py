@@ -2,7 +2,8 @@
 
 Forming
 - A device measures its round trip to the coordinators that it knows and joins the nearest cell that has room. It moves
-  later only for a clear gain (`move_gain_s` and `move_gain_share` both), so that jitter cannot make it wander.
+  later only for a clear gain (`move_gain_s` and `move_gain_share` both), so that jitter cannot make it wander, or when
+  its cell says that it dissolves. A cell that dissolves takes nobody new.
 - A cell that outgrows `devices_max` splits in two by latency: two-means (Lloyd 1982) on the devices' round trips to the
   landmarks that they measured (distributed binning: Ratnasamy et al. 2002), neither part below `split_share_min` of it.
 - A cell below `devices_min` dissolves into the nearest one within `rtt_max_s` that stays below `merge_fill_max` of its
@@ -15,7 +16,8 @@ Helping
   least delay first. Delay is the round trip, stretched as load rises: 1 / (1 - load / load_max), as in a queue.
 - Sessions that were sent to a neighbour lately count as load, so that it is not overrun before its digest tells.
 
-It measures nothing and moves nobody: that is for agents and coordinators.
+What changes a cell only after a while, and when, is `cell_changes.py`'s. It measures nothing and moves nobody: that is
+for devices and coordinators.
 """
 
 from collections.abc import Mapping, Sequence
@@ -34,6 +36,8 @@ LLOYD_ROUNDS_MAX = 32
 RTT_UNKNOWN_S = 0.1
 """Of a neighbour whose round trip was not measured yet."""
 LAYER_UNKNOWN_S = 0.001
+LANDMARKS_MAX = 4
+LANDMARK_SHARE_MIN = 0.5
 MISSING_TOLD_MAX = 32
 TOKENS_PER_S_TOLD_MAX = 1e9
 LOAD_TOLD_MAX = 100.0
@@ -64,6 +68,16 @@ class CellRules(msgspec.Struct, frozen=True, kw_only=True):
     digest_silence_max_s: float = 10.0
     sent_counts_s: float = 10.0
     """How long a session that was sent to a neighbour counts beside what its digest tells."""
+    look_interval_s: float = 600.0
+    """Between two looks of a running device at the cells around it, drawn from half to one and a half times this."""
+    looks_agreeing: int = 3
+    """Looks in a row that must find another cell clearly nearer before a running device moves."""
+    stay_min_s: float = 3600.0
+    """A device that came to a cell, or was refused another, stays so long; registrars move it no more often."""
+    small_for_s: float = 1800.0
+    """A cell must have been too small for so long before it dissolves."""
+    hold_slack: float = 1.2
+    """A cell that dissolves goes on as long as round trip and room are within so many times the bounds to begin."""
 
 
 class CellOffer(msgspec.Struct, frozen=True, kw_only=True):
@@ -73,6 +87,8 @@ class CellOffer(msgspec.Struct, frozen=True, kw_only=True):
     rtt_s: float
     devices: int
     devices_max: int
+    dissolves_into: str | None = None
+    """The cell that it sends its devices to, where it dissolves."""
 
 
 class Neighbour(msgspec.Struct, frozen=True, kw_only=True):
@@ -91,13 +107,18 @@ class Neighbour(msgspec.Struct, frozen=True, kw_only=True):
 def choose_cell(home: str | None, offers: Sequence[CellOffer], rules: CellRules) -> str | None:
     """Where a device should be: the nearest cell with room, or home when nothing is clearly nearer.
 
-    `None` when there is no cell with room and no home among the offers: then it founds one or waits.
+    Where home dissolves into a cell with room, that one stands for home. `None` when there is no cell with room and no
+    home among the offers: then it founds one or waits.
     """
     at_home = next((offer for offer in offers if offer.cell == home), None)
-    open_ = [offer for offer in offers if offer.cell == home or offer.devices < offer.devices_max]
+    open_ = [offer for offer in offers if offer.devices < offer.devices_max and offer.dissolves_into is None]
+    if at_home is not None:
+        heir = next((offer for offer in open_ if offer.cell == at_home.dissolves_into), None)
+        at_home = heir or at_home
     nearest = min(open_, key=lambda offer: (offer.rtt_s, offer.cell), default=None)
     if nearest is None or at_home is None:
-        return None if nearest is None else nearest.cell
+        chosen = nearest or at_home
+        return None if chosen is None else chosen.cell
     gain_s = at_home.rtt_s - nearest.rtt_s
     clear = gain_s >= rules.move_gain_s and gain_s >= rules.move_gain_share * at_home.rtt_s
     return nearest.cell if clear else at_home.cell
@@ -128,6 +149,24 @@ def split(
         one, other = _centre(left, positions), _centre(ranked[size:], positions)
     chosen = set(left)
     return tuple(sorted(left)), tuple(node for node in nodes if node not in chosen)
+
+
+def positions(rtts_s: Mapping[NodeId, Mapping[NodeId, float]]) -> dict[NodeId, tuple[float, ...]]:
+    """For each device the round trips in seconds to the same landmarks, for `split`, by what each measured to whom.
+
+    Landmarks are the `LANDMARKS_MAX` peers that most devices measured, each at least a share `LANDMARK_SHARE_MIN` of
+    them; who did not measure one is put where the others are on average. Empty where there is no landmark.
+    """
+    measured: dict[NodeId, list[float]] = {}
+    for told in rtts_s.values():
+        for peer, rtt_s in told.items():
+            measured.setdefault(peer, []).append(rtt_s)
+    known = [peer for peer, told in measured.items() if len(told) >= LANDMARK_SHARE_MIN * len(rtts_s)]
+    landmarks = sorted(known, key=lambda peer: (-len(measured[peer]), peer))[:LANDMARKS_MAX]
+    means_s = {peer: sum(measured[peer]) / len(measured[peer]) for peer in landmarks}
+    if not landmarks:
+        return {}
+    return {node: tuple(told.get(peer, means_s[peer]) for peer in landmarks) for node, told in rtts_s.items()}
 
 
 def dissolve_into(cell: str, devices: Mapping[str, int], rtt_s: Mapping[str, float], rules: CellRules) -> str | None:

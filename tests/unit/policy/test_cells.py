@@ -115,6 +115,24 @@ def test_a_split_is_a_partition_neither_part_too_small_and_the_same_in_any_order
     assert split(dict(shuffled), RULES) == parts
 
 
+def test_devices_are_placed_by_the_peers_that_most_of_them_measured() -> None:
+    gateway, other, rare = node(100), node(101), node(102)
+    rtts_s = {
+        node(0): {gateway: 0.010, other: 0.020, rare: 0.5},
+        node(1): {gateway: 0.030, other: 0.040},
+        node(2): {gateway: 0.020},
+        node(3): {},
+    }
+    assert cells.positions(rtts_s) == {
+        node(0): (0.010, 0.020),
+        node(1): (0.030, 0.040),
+        node(2): (0.020, pytest.approx(0.030)),
+        node(3): (pytest.approx(0.020), pytest.approx(0.030)),
+    }
+    assert cells.positions({node(0): {rare: 0.1}, node(1): {}, node(2): {}}) == {}, "nobody knows where they are"
+    assert cells.positions({}) == {}
+
+
 @given(st.integers(0, 2**32), st.integers(8, 20), st.integers(8, 20))
 def test_two_metros_are_told_apart(seed: int, first: int, second: int) -> None:
     draw = random.Random(seed)
