@@ -17,7 +17,8 @@ from fallow.domain.ids import Digest
 from fallow.domain.model import Span
 from fallow.domain.sampling import Recipe
 from fallow.engine.contract import Step, Stepped
-from fallow.gateway.running_ahead import MISSES_MAX
+from fallow.gateway.running_ahead import MISSES_MAX, leave_for
+from fallow.gateway.sampling import Sampler, SamplingParams
 from fallow.gateway.sessions import FleetTokenSource
 from fallow.node import running_ahead
 from fallow.node.running_ahead import next_rows
@@ -99,6 +100,35 @@ def test_nothing_is_computed_beyond_a_token_that_ends_the_answer(expected: list[
         return fleet.nodes[0].engine.rows_computed
 
     assert run(program, (WHOLE,)) == len(PROMPT) + ends_at
+
+
+@pytest.mark.parametrize("victim", [None, 0, 2])
+def test_drawn_tokens_are_the_same_whether_a_chain_waits_runs_ahead_or_breaks(victim: int | None) -> None:
+    """Temperature 1 over four candidates, of which the second best is drawn about as often as not."""
+
+    async def drawn(fleet: Fleet, *, ahead: bool) -> list[int]:
+        sampler = Sampler(SamplingParams(temperature=1.0), seed=11)
+        chain = fleet.chain()
+        leave = leave_for(sampler.recipe, 4, prompt=len(PROMPT), total=len(PROMPT) + COUNT, ends=())
+        await chain.establish(leave=leave if ahead else None)
+        candidates = await chain.advance(PROMPT, Phase.PREFILL)
+        tokens: list[int] = []
+        most_probable = 0
+        while True:
+            tokens.append(sampler.choose(candidates).token)
+            most_probable += tokens[-1] == candidates.ids[0]
+            if len(tokens) == COUNT:
+                break
+            if ahead and victim is not None and len(tokens) == COUNT // 2:
+                fleet.nodes[victim].kill()
+            candidates = await chain.advance((tokens[-1],), Phase.DECODE)
+        assert COUNT / 4 < most_probable < COUNT, "both kinds were drawn"
+        assert chain.repairs == (ahead and victim is not None)
+        return tokens
+
+    waited = run(lambda fleet: drawn(fleet, ahead=False), (A,), (B,), (C,))
+    ran = run(lambda fleet: drawn(fleet, ahead=True), (A,), (B,), (C,), (A,), (C,))
+    assert waited == ran
 
 
 @pytest.mark.parametrize("hosted", [((WHOLE,),), ((A,), (B,), (C,))])
