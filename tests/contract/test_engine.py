@@ -30,8 +30,10 @@ from fallow.domain.errors import (
 )
 from fallow.domain.frames import Phase
 from fallow.domain.model import Quantisation, Span
+from fallow.domain.sampling import Recipe
 from fallow.engine.client import WorkerEngine
-from fallow.engine.contract import StageEngine, Step
+from fallow.engine.contract import Drawn, StageEngine, Step
+from fallow.engine.drawing import drawn_token
 from fallow.engine.memory import MemoryEngine
 from fallow.engine.settings import EngineSettings
 
@@ -163,6 +165,65 @@ def test_steps_of_one_session_run_in_the_order_given(each):
         assert await asyncio.gather(*together) == one_by_one[:1]
         await world.engine.free(session)
         await world.engine.free(other)
+
+    each(scenario)
+
+
+def drawn_step(session, position, nth=0, ends=(), temperature=0.0, top_k=5):
+    drawn = Drawn(recipe=Recipe(temperature=temperature, seed=3), nth=nth, ends=ends)
+    return Step(
+        session=session, position=position, count=1, phase=Phase.DECODE, logits_from=position, top_k=top_k,
+        payload=b"", drawn=drawn,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_a_step_that_draws_its_row_computes_just_that_token(each, temperature):
+    """Several are asked for before the prompt is done, each behind the other."""
+
+    async def scenario(world):
+        session, other = await world.open(), await world.open()
+        end = len(PROMPT)
+        prompt = world.push(session, 0, PROMPT, logits_from=end - 1, top_k=5)
+        asked = (drawn_step(session, end + nth, nth, temperature=temperature) for nth in range(6))
+        first, *after = await asyncio.gather(prompt, *map(world.engine.step, asked))
+        results = [await world.push(other, 0, PROMPT, logits_from=end - 1, top_k=5)]
+        for nth in range(6):
+            drawn = drawn_step(session, end + nth, nth, temperature=temperature).drawn
+            token = int.from_bytes(drawn_token(results[-1], drawn), "little")
+            results.append(await world.push(other, end + nth, [token], Phase.DECODE, logits_from=end + nth, top_k=5))
+        assert [bytes(each.payload) for each in (first, *after)] == [bytes(each.payload) for each in results]
+        await world.engine.free(session)
+        await world.engine.free(other)
+
+    each(scenario)
+
+
+def test_nothing_is_drawn_after_an_end_a_rewind_or_a_whole_vocabulary_and_the_session_goes_on(each):
+    async def scenario(world):
+        session, end = await world.open(), len(PROMPT)
+        with pytest.raises(EngineError):
+            await world.engine.step(drawn_step(session, 0))
+        result = await world.push(session, 0, PROMPT, logits_from=end - 1, top_k=5)
+        token = int.from_bytes(drawn_token(result, drawn_step(session, end).drawn), "little")
+        with pytest.raises(EngineError):
+            await world.engine.step(drawn_step(session, end, ends=(token,)))
+        with pytest.raises(PositionMismatch):
+            await world.engine.step(drawn_step(session, end + 1))
+        answer = await world.payload(session, end, [token], Phase.DECODE, top_k=5)
+        await world.engine.rewind(session, end)
+        with pytest.raises(EngineError):
+            await world.engine.step(drawn_step(session, end))
+        assert await world.payload(session, end, [token], Phase.DECODE) != answer  # the whole vocabulary
+        with pytest.raises(EngineError):
+            await world.engine.step(drawn_step(session, end + 1))
+        await world.engine.rewind(session, end)
+        assert await world.payload(session, end, [token], Phase.DECODE, top_k=5) == answer
+        await world.engine.free(session)
+        part = await world.open(Span(1, world.model.layer_count))
+        with pytest.raises(EngineError):
+            await world.engine.step(drawn_step(part, 0))
+        await world.engine.free(part)
 
     each(scenario)
 

@@ -16,13 +16,14 @@ from fallow.domain.frames import AHEAD_ROWS, Flow, Frame, Phase, Result, Rows
 from fallow.domain.ids import Digest
 from fallow.domain.model import Span
 from fallow.domain.sampling import Recipe
+from fallow.engine import drawing
 from fallow.engine.contract import Step, Stepped
 from fallow.gateway.running_ahead import MISSES_MAX, leave_for
 from fallow.gateway.sampling import Sampler, SamplingParams
 from fallow.gateway.sessions import FleetTokenSource
-from fallow.node import running_ahead
 from fallow.node.running_ahead import next_rows
 from fallow.node.stage_pump import StagePump
+from fallow.node.stage_session import Session
 from fallow.simulator.virtual_time import run_virtual
 from tests.simulation.sessions import Fleet, generate, greedy
 from tests.simulation.test_token_source import answer, with_fleet
@@ -154,12 +155,12 @@ def test_a_chain_whose_gateway_falls_silent_stops(hosted: Sequence[Sequence[Span
 def test_a_chain_that_goes_on_with_other_tokens_is_taken_back_and_then_waits(
     monkeypatch: pytest.MonkeyPatch, expected: list[int]
 ) -> None:
-    choose = running_ahead.choose
+    choose = drawing.choose
 
     def otherwise(ids: Any, logits: Any, recipe: Recipe, nth: int) -> int:
         return 1 if nth % 5 == 3 else choose(ids, logits, recipe, nth)
 
-    monkeypatch.setattr(running_ahead, "choose", otherwise)
+    monkeypatch.setattr(drawing, "choose", otherwise)
 
     async def program(fleet: Fleet) -> tuple[list[int], int]:
         chain = fleet.chain()
@@ -172,10 +173,10 @@ def test_a_chain_that_goes_on_with_other_tokens_is_taken_back_and_then_waits(
 def test_a_last_stage_that_tells_the_first_one_something_else_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
     tell = StagePump._tell_first
 
-    def lie(self: StagePump, flow: Flow, step: Step, stepped: Stepped) -> int | None:
+    def lie(self: StagePump, session: Session, flow: Flow, step: Step, stepped: Stepped) -> int | None:
         """To the gateway it says what the gateway expects."""
         if step.position != len(PROMPT) + 10 or flow.ahead is None or flow.epoch > 1:
-            return tell(self, flow, step, stepped)
+            return tell(self, session, flow, step, stepped)
         told = next_rows(flow.ahead, flow.epoch, step, stepped)
         assert told is not None
         sound = int.from_bytes(told[1], "little")

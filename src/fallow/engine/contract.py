@@ -24,6 +24,7 @@ from fallow.domain.fleet import Speed
 from fallow.domain.frames import Phase
 from fallow.domain.ids import Digest, SessionId
 from fallow.domain.model import Manifest, Span, StageSpec
+from fallow.domain.sampling import Recipe
 
 PREFILL_CHUNK_ROWS = 128
 DEFAULT_TOP_K = 64
@@ -39,6 +40,15 @@ class Loaded(msgspec.Struct, frozen=True, kw_only=True):
     speed: Speed
 
 
+class Drawn(msgspec.Struct, frozen=True, kw_only=True):
+    """A row that is not known yet: the `nth` token of an answer, drawn from what the session's step before leads to."""
+
+    recipe: Recipe
+    nth: int
+    ends: tuple[int, ...]
+    """Tokens after which there is nothing to compute."""
+
+
 class Step(msgspec.Struct, frozen=True, kw_only=True):
     """Rows to push through a span for one session; fields and payload as in `frames.Rows`."""
 
@@ -49,6 +59,8 @@ class Step(msgspec.Struct, frozen=True, kw_only=True):
     logits_from: int
     top_k: int | None
     payload: bytes | bytearray | memoryview
+    drawn: Drawn | None = None
+    """Instead of a payload, for one row of a whole model."""
 
 
 class Stepped(msgspec.Struct, frozen=True, kw_only=True):
@@ -116,7 +128,11 @@ class StageEngine(Protocol):
         ...
 
     async def step(self, step: Step) -> Stepped:
-        """Compute rows; the session's position becomes `position + count`."""
+        """Compute rows; the session's position becomes `position + count`.
+
+        A step that draws its row may be asked for before the step before it is done. Raises `EngineError` when nothing
+        follows that one, and leaves the session where it was.
+        """
         ...
 
     async def rewind(self, session: SessionId, position: int) -> None:

@@ -190,7 +190,7 @@ class EngineCore:
     def _do_rewind(self, session: Session, rewind: Rewind) -> None:
         if not 0 <= rewind.position <= session.position:
             raise PositionMismatch(f"session {session.id} is at {session.position}, not past {rewind.position}")
-        session.position = rewind.position
+        session.position, session.last = rewind.position, None
         self._outcomes.append((rewind.ticket, None))
 
     def _check(self, session: Session, step: Step) -> Array:
@@ -209,10 +209,11 @@ class EngineCore:
             _check_result_size(step, hosted.config.vocab_size)
         dtype = np.dtype(np.int32) if session.takes_tokens else hosted.wire
         width = 1 if session.takes_tokens else hosted.config.hidden_size
-        wanted, got = step.count * width * dtype.itemsize, memoryview(step.payload).nbytes
+        payload = session.payload_of(step)
+        wanted, got = step.count * width * dtype.itemsize, memoryview(payload).nbytes
         if wanted != got:
             raise EngineError(f"{step.count} rows for {session.span} are {wanted} bytes, not {got}")
-        rows = np.frombuffer(step.payload, dtype).reshape(step.count, width)
+        rows = np.frombuffer(payload, dtype).reshape(step.count, width)
         if not session.takes_tokens:
             return rows
         assert hosted.embedding is not None
@@ -360,6 +361,7 @@ class EngineCore:
 
     def _end(self, session: Session, run: Run, result: Stepped | FallowError) -> None:
         self._outcomes.append((run.ticket, result))
+        session.last = result if isinstance(result, Stepped) else None
         self._decoding.pop(session.id, None)
         session.queue.popleft()
         self._advance(session)

@@ -16,14 +16,16 @@ from pathlib import Path
 from struct import pack
 from typing import Final
 
+import msgspec
 import numpy as np
 
-from fallow.domain.errors import EngineError, EngineLost, KvExhausted, PositionMismatch, UnknownSession
+from fallow.domain.errors import EngineError, EngineLost, FallowError, KvExhausted, PositionMismatch, UnknownSession
 from fallow.domain.fleet import Speed
 from fallow.domain.frames import Phase
 from fallow.domain.ids import Digest, SessionId
 from fallow.domain.model import Manifest, Span, StageSpec
-from fallow.engine.contract import EngineLoad, Loaded, Loss, Step, Stepped
+from fallow.engine.contract import Drawn, EngineLoad, Loaded, Loss, Step, Stepped
+from fallow.engine.drawing import drawn_token
 
 ROW_BYTES: Final = 8
 SESSIONS_MAX: Final = 1024
@@ -60,6 +62,16 @@ class _Session:
         self.reserve_tokens = reserve_tokens
         self.prefixes: list[list[int]] = []
         """The cache: for each position, each layer's number for everything up to it."""
+        self.last: asyncio.Future[Stepped] | None = None
+        """Its newest step."""
+
+
+def _check(held: _Session, step: Step) -> None:
+    """Raises `PositionMismatch` for rows that are not the session's next, or beyond its room."""
+    if step.position != len(held.prefixes):
+        raise PositionMismatch(f"rows at {step.position} for a session at {len(held.prefixes)}")
+    if step.position + step.count > held.reserve_tokens:
+        raise PositionMismatch(f"{step.position + step.count} tokens exceed the reserved {held.reserve_tokens}")
 
 
 class MemoryEngine:
@@ -171,18 +183,37 @@ class MemoryEngine:
     async def step(self, step: Step) -> Stepped:
         self._alive()
         held = self._held(step.session)
-        if step.position != len(held.prefixes):
-            raise PositionMismatch(f"rows at {step.position} for a session at {len(held.prefixes)}")
-        if step.position + step.count > held.reserve_tokens:
-            raise PositionMismatch(f"{step.position + step.count} tokens exceed the reserved {held.reserve_tokens}")
         waiter: asyncio.Future[Stepped] = asyncio.get_running_loop().create_future()
+        before, held.last = held.last, waiter
+        try:
+            if step.drawn is not None:
+                step = await self._with_row(before, step, step.drawn)
+            _check(held, step)
+        except FallowError:
+            waiter.cancel()  # for those that wait to draw their rows from it
+            held.last = before if held.last is waiter else held.last
+            raise
         self._ready.append((step, waiter))
         self._wake.set()
         return await waiter
 
+    async def _with_row(self, before: "asyncio.Future[Stepped] | None", step: Step, drawn: Drawn) -> Step:
+        """A step that draws its row, once the one before it is done."""
+        token = None
+        if before is not None:
+            await asyncio.wait((before,))
+            self._alive()
+            done = not before.cancelled() and before.exception() is None
+            token = drawn_token(before.result(), drawn) if done else None
+        if token is None:
+            raise EngineError("nothing follows the last step")
+        return msgspec.structs.replace(step, payload=token, drawn=None)
+
     async def rewind(self, session: SessionId, position: int) -> None:
         self._alive()
-        del self._held(session).prefixes[position:]
+        held = self._held(session)
+        del held.prefixes[position:]
+        held.last = None
 
     async def free(self, session: SessionId) -> None:
         self._sessions.pop(session, None)

@@ -15,7 +15,7 @@ from fallow.domain.errors import EngineError, FrameError
 from fallow.domain.frames import MAX_FRAME_BYTES, Phase
 from fallow.domain.ids import Digest, SessionId
 from fallow.domain.model import Manifest, Span, StageSpec
-from fallow.engine.contract import Loaded, Step, Stepped
+from fallow.engine.contract import Drawn, Loaded, Step, Stepped
 
 PREFIX = struct.Struct("<II")
 MAX_HEADER_BYTES = 64 << 20
@@ -70,6 +70,7 @@ class Run(Request, frozen=True, tag="run"):
     phase: Phase
     logits_from: int
     top_k: int | None
+    drawn: Drawn | None = None
 
 
 class Rewind(Request, frozen=True, tag="rewind"):
@@ -202,7 +203,7 @@ class Frames(Generic[Message]):
 
 
 def run_request(ticket: int, step: Step) -> Run:
-    return Run(ticket, step.session, step.position, step.count, step.phase, step.logits_from, step.top_k)
+    return Run(ticket, step.session, step.position, step.count, step.phase, step.logits_from, step.top_k, step.drawn)
 
 
 def step_of(run: Run, payload: Payload) -> Step:
@@ -214,6 +215,7 @@ def step_of(run: Run, payload: Payload) -> Step:
         logits_from=run.logits_from,
         top_k=run.top_k,
         payload=payload,
+        drawn=run.drawn,
     )
 
 

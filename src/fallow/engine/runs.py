@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fallow.domain.errors import EngineError
 from fallow.domain.ids import Digest, SessionId
 from fallow.domain.model import Span
 from fallow.engine.contract import Step, Stepped
+from fallow.engine.drawing import drawn_token
 from fallow.engine.head import log_probabilities, top_log_probabilities
 from fallow.engine.hosted import HostedModel
 from fallow.policy.batching import decode_groups
@@ -74,8 +76,8 @@ class Session:
     """A session in the engine: its slot, its reservation, and the steps and rewinds that wait."""
 
     __slots__ = (
-        "decode_call", "groups", "has_head", "hosted", "id", "model", "queue", "reserved_tokens", "slot", "span",
-        "takes_tokens",
+        "decode_call", "groups", "has_head", "hosted", "id", "last", "model", "queue", "reserved_tokens", "slot",
+        "span", "takes_tokens",
     )  # fmt: skip
 
     def __init__(self, name: SessionId, model: Digest, hosted: HostedModel, span: Span, slot: int) -> None:
@@ -92,6 +94,17 @@ class Session:
         self.decode_call = 0
         """The last decode call of the engine that it was part of."""
         self.queue: deque[Run | Rewind] = deque()
+        self.last: Stepped | None = None
+        """What its newest step led to."""
+
+    def payload_of(self, step: Step) -> bytes | bytearray | memoryview:
+        """A step's rows, drawn where they are to be. Raises `EngineError`."""
+        if step.drawn is None:
+            return step.payload
+        token = drawn_token(self.last, step.drawn) if self.takes_tokens and self.last is not None else None
+        if token is None:
+            raise EngineError(f"nothing follows the last step of session {self.id}")
+        return token
 
     @property
     def position(self) -> int:

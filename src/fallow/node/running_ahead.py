@@ -14,12 +14,10 @@ A chain that nobody confirms therefore stops by itself. Values only; frames and 
 from collections import deque
 from typing import Generic, TypeVar
 
-import numpy as np
-
 from fallow.domain.frames import AHEAD_ROWS, Ahead, Phase, Rows
-from fallow.engine.contract import Step, Stepped
+from fallow.engine.contract import Drawn, Step, Stepped
+from fallow.engine.drawing import drawn_token
 from fallow.node.activation_log import Buffer
-from fallow.policy.sampling import choose
 
 _T = TypeVar("_T")
 
@@ -28,19 +26,16 @@ def next_rows(ahead: Ahead, epoch: int, step: Step, stepped: Stepped) -> tuple[R
     """What the first stage is told after a step of the last one: header and payload of one token. `None` for a step
     after which nothing is known, or nothing is to come."""
     position = step.position + step.count
-    if not (stepped.logit_count and stepped.k and ahead.drawn_from <= position < ahead.until):
+    if not ahead.drawn_from <= position < ahead.until:
         return None
-    k, size = stepped.k, stepped.logit_count * stepped.k
-    ids = np.frombuffer(stepped.payload, np.int32, size)[-k:]
-    logprobs = np.frombuffer(stepped.payload, np.float32, size, offset=4 * size)[-k:]
-    token = ids[choose(ids, logprobs, ahead.recipe, position - ahead.drawn_from)]
-    if int(token) in ahead.ends:
+    token = drawn_token(stepped, Drawn(recipe=ahead.recipe, nth=position - ahead.drawn_from, ends=ahead.ends))
+    if token is None:
         return None
     rows = Rows(
         session=ahead.first_session, epoch=epoch, position=position, count=1, phase=Phase.DECODE,
         logits_from=position, top_k=step.top_k,
     )  # fmt: skip
-    return rows, token.tobytes()
+    return rows, token
 
 
 class Told(Generic[_T]):

@@ -25,6 +25,7 @@ from fallow.engine.contract import StageEngine, Step, Stepped
 from fallow.fabric.peers import Peers
 from fallow.node.activation_log import LoggedRows
 from fallow.node.allowance import Allowances, code_of
+from fallow.node.following import Following, step_after
 from fallow.node.row_checks import RowChecks
 from fallow.node.running_ahead import next_rows
 from fallow.node.stage_session import Session, Waiting
@@ -111,6 +112,7 @@ class StagePump:
 
     async def _answer_opening(self, session: Session, opening: OpenStage) -> None:
         try:
+            await self._forget_following(session)
             if not session.admitted:
                 await self._engine.open(session.engine_id, session.model, session.span, opening.reserve_tokens)
                 session.admitted = True
@@ -141,6 +143,7 @@ class StagePump:
         await self._send_to_gateway(session, Frame(state))
 
     async def _start_flow(self, session: Session, flow: Flow) -> None:
+        await self._forget_following(session)
         if flow.rewind_to is not None and flow.rewind_to < session.position:
             await self._engine.rewind(session.engine_id, flow.rewind_to)
             session.position = flow.rewind_to
@@ -181,13 +184,6 @@ class StagePump:
         if skipped:
             payload = memoryview(payload)[skipped * (len(payload) // rows.count) :]
         count = rows.count - skipped
-        if not self._may(session, session.position + count, count):
-            return
-        strange = self._checks.complaint(session.model, session.span.first, payload, count)
-        if strange is not None:
-            session.flow = None
-            self._home.fault(session, NumericFault.code, f"What came here is damaged: {strange}.", suspect=item.sender)
-            return
         step = Step(
             session=session.engine_id,
             position=session.position,
@@ -197,8 +193,16 @@ class StagePump:
             top_k=rows.top_k,
             payload=payload,
         )
+        following = session.following if session.following is not None and session.following.answers(step) else None
+        if following is None and not self._may(session, session.position + count, count):
+            return
+        strange = self._checks.complaint(session.model, session.span.first, payload, count)
+        if strange is not None:
+            session.flow = None
+            self._home.fault(session, NumericFault.code, f"What came here is damaged: {strange}.", suspect=item.sender)
+            return
         try:
-            stepped = await self._engine.step(step)
+            stepped = await self._stepped(session, flow, step, following)
         except EngineLost:
             raise
         except FallowError as error:
@@ -219,6 +223,26 @@ class StagePump:
         if session.flow is flow and out.end > flow.forward_from:
             await self._forward(session, flow, out.above(flow.forward_from))
 
+    async def _stepped(self, session: Session, flow: Flow, step: Step, following: Following | None) -> Stepped:
+        """Have a step computed that was asked for already, or is now; and the one behind it asked for, where that can
+        be. Raises as the engine does."""
+        if following is None:
+            await self._forget_following(session)
+        session.following = None
+        after = step_after(flow, self._peers.own, session.id, step, session.told.beyond(step.position + step.count))
+        if after is None:
+            return await (self._engine.step(step) if following is None else following.task)
+        task = asyncio.create_task(self._engine.step(step)) if following is None else following.task
+        if self._allowances.take(session.allowance, after.position + 1, 1) is None:
+            session.following = Following(after, asyncio.create_task(self._engine.step(after)))
+        return await task
+
+    async def _forget_following(self, session: Session) -> None:
+        """The engine stands where the session does. Raises `EngineLost`."""
+        following, session.following = session.following, None
+        if following is not None:
+            await following.undone(self._engine, session.engine_id, session.position)
+
     def _may(self, session: Session, end: int, count: int) -> bool:
         """Count rows against the session's grant; end the session when it does not allow them."""
         refused = self._allowances.take(session.allowance, end, count)
@@ -228,7 +252,7 @@ class StagePump:
         return refused is None
 
     async def _answer(self, session: Session, flow: Flow, step: Step, stepped: Stepped) -> None:
-        chosen = self._tell_first(flow, step, stepped) if session.flow is flow else None
+        chosen = self._tell_first(session, flow, step, stepped) if session.flow is flow else None
         result = Result(
             session=session.id,
             epoch=flow.epoch,
@@ -240,11 +264,13 @@ class StagePump:
         )
         await self._send_to_gateway(session, Frame(result, stepped.payload))
 
-    def _tell_first(self, flow: Flow, step: Step, stepped: Stepped) -> int | None:
+    def _tell_first(self, session: Session, flow: Flow, step: Step, stepped: Stepped) -> int | None:
         """Which token the first stage was told comes next, if it was."""
         told = None if flow.ahead is None else next_rows(flow.ahead, flow.epoch, step, stepped)
         if flow.ahead is None or told is None:
             return None
+        if session.following is not None:
+            session.following.token = told[1]
         first, frame = flow.ahead.first.node, Frame(*told)
         if first == self._peers.own:
             self._home.handle(first, frame)

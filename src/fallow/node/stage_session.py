@@ -21,6 +21,7 @@ from fallow.domain.frames import Flow, OpenStage, Rows
 from fallow.domain.ids import NodeId, SessionId
 from fallow.node.activation_log import ActivationLog, Buffer
 from fallow.node.allowance import Allowance
+from fallow.node.following import Following
 from fallow.node.running_ahead import Told
 
 HELD_ROWS_MAX: Final = 16_384
@@ -156,6 +157,8 @@ class Session:
         self.flowed_epoch = 0
         self.log = ActivationLog()
         self.told: Told[Waiting] = Told()
+        self.following: Following | None = None
+        """What its engine was asked for before its row came."""
         self.admitted = False
         self.ended = False
         self.rests = False

@@ -70,12 +70,15 @@ class Party:
             on_frame=lambda _, frame: self.heard.append(frame), on_lost=lambda *_: None,
         )  # fmt: skip
 
+    async def tell(self, header: object, payload: bytes = b"") -> None:
+        """Send a frame."""
+        await self.peers.send(self.world.address, Frame(header, payload))  # type: ignore[arg-type]
+
     async def say(self, *headers: object) -> list[object]:
         """Send frames; what came back within a moment."""
         self.heard.clear()
         for header in headers:
-            payload = b"\0" * 4 * header.count if isinstance(header, Rows) else b""
-            await self.peers.send(self.world.address, Frame(header, payload))  # type: ignore[arg-type]
+            await self.tell(header, b"\0" * 4 * header.count if isinstance(header, Rows) else b"")
         await asyncio.sleep(0.2)
         return [frame.header for frame in self.heard]
 
