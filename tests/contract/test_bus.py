@@ -19,10 +19,12 @@ from fallow.fabric.contract import MAX_BUS_MESSAGE_BYTES, Bus, PresenceWatcher
 from fallow.fabric.disconnects import NatsPresence
 from fallow.fabric.memory import MemoryFabric
 from fallow.fabric.nats_bus import NatsBus
+from fallow.fabric.nats_client import settle
 from fallow.trust.passports import Held
 from tests.contract.networks import TestNetwork
 from tests.unit.fabric.support import eventually, node_id
 
+PILED_UP_BYTES = 2 << 20
 ADAPTERS = ["memory", "nats", "trusted"]
 
 
@@ -255,6 +257,110 @@ def test_closing_is_idempotent_and_final(adapter: str, tmp_path: Path) -> None:
                 await a.publish("s", b"")
 
     asyncio.run(main())
+
+
+def test_a_bus_that_is_gone_is_left_at_once_with_what_was_still_to_be_said(adapter: str, tmp_path: Path) -> None:
+    if adapter == "memory":
+        pytest.skip("it is never gone for good")
+
+    async def main() -> None:
+        async with rig(adapter, tmp_path) as r:
+            bus = await r.connect()
+            assert isinstance(bus, NatsBus)
+            assert r.broker is not None
+            subscription = await bus.subscribe("s", collect([]))
+            await r.broker.close()
+            await eventually(lambda: not bus.connected)
+            await bus.publish("s", b"last words")
+            began_s = time.monotonic()
+            await subscription.cancel()
+            await bus.close()
+            assert time.monotonic() - began_s < 1.0
+
+    asyncio.run(main())
+
+
+def test_a_bus_that_falls_silent_is_left_within_seconds_with_much_still_to_be_said(
+    adapter: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if adapter == "memory":
+        pytest.skip("its server is never silent")
+    for limit in ("CLOSE_FLUSH_S", "CLOSE_TIMEOUT_S"):
+        monkeypatch.setattr(nats_client, limit, 0.2)
+
+    async def main() -> None:
+        async with rig(adapter, tmp_path) as r:
+            bus = await r.connect()
+            assert isinstance(bus, NatsBus)
+            assert r.broker is not None
+            assert r.broker.pid is not None
+            os.kill(r.broker.pid, signal.SIGSTOP)
+            try:
+                while bus.client.pending_data_size < PILED_UP_BYTES:  # the kernels take some in
+                    await bus.publish("s", bytes(MAX_BUS_MESSAGE_BYTES))
+                    await asyncio.sleep(0)
+                await asyncio.wait_for(bus.close(), 1.0)
+            finally:
+                os.kill(r.broker.pid, signal.SIGCONT)
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("call", ["request", "flush"])
+def test_who_is_cancelled_as_the_answer_comes_ends(adapter: str, call: str, tmp_path: Path) -> None:
+    if adapter == "memory":
+        pytest.skip("it is about nats-py")
+
+    async def main() -> None:
+        async with rig(adapter, tmp_path) as r:
+            bus = await r.connect()
+            assert isinstance(bus, NatsBus)
+            client = bus.client
+            answers = {"request": lambda: [*client._resp_map.values()], "flush": lambda: client._pongs}[call]
+
+            async def echo(_: str, message: bytes) -> bytes:
+                return message
+
+            await bus.subscribe("echo", echo)
+            work = bus.request("echo", b"", 5) if call == "request" else settle(client, 5)
+            task: asyncio.Task[object] = asyncio.create_task(work)
+            while not answers():
+                await asyncio.sleep(0)
+            answers()[-1].add_done_callback(lambda _: task.cancel())
+            await asyncio.wait([task], timeout=5)
+            assert task.cancelled()
+
+    asyncio.run(main())
+
+
+def test_who_is_cancelled_while_too_much_waits_to_be_sent_ends(adapter: str, tmp_path: Path) -> None:
+    if adapter == "memory":
+        pytest.skip("it is about nats-py")
+
+    async def main() -> None:
+        async with rig(adapter, tmp_path) as r:
+            bus = await r.connect()
+            assert isinstance(bus, NatsBus)
+            assert r.broker is not None
+            assert r.broker.pid is not None
+            os.kill(r.broker.pid, signal.SIGSTOP)
+            try:
+                task = asyncio.create_task(_publish_for_ever(bus))
+                while bus.client.pending_data_size <= nats_client.UNSENT_BYTES_MAX:
+                    await asyncio.sleep(0)
+                task.cancel()
+                await asyncio.wait([task], timeout=1)
+                assert task.cancelled()
+            finally:
+                os.kill(r.broker.pid, signal.SIGCONT)
+
+    asyncio.run(main())
+
+
+async def _publish_for_ever(bus: Bus) -> None:
+    while True:
+        await bus.publish("s", bytes(MAX_BUS_MESSAGE_BYTES))
+        await asyncio.sleep(0)
 
 
 def test_a_server_restart_heals(adapter: str, tmp_path: Path) -> None:

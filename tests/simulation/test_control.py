@@ -17,7 +17,7 @@ from fallow.domain.frames import PeerAddress
 from fallow.domain.model import Span
 from fallow.policy.placement_board import PlacementRules
 from fallow.simulator.virtual_time import run_virtual
-from tests.simulation.control import LAYERS, SUBJECTS, Cell, Device, node_id
+from tests.simulation.control import LAYERS, SUBJECTS, Cell, Device, Gateway, node_id
 from tests.simulation.sessions import generate
 
 Script = Callable[[Cell], Awaitable[None]]
@@ -154,6 +154,30 @@ def test_a_polite_leave_is_no_surprise(tmp_path: Path) -> None:
         assert node_id(2) not in {hop.address.node for hop in (await cell.route()).hops}
         await cell.clock.sleep(5.0)
         assert len(cell.coordinator.fleet.present()) == 2
+
+    run(tmp_path, 3, script)
+
+
+@pytest.mark.parametrize("gateway_stays", [False, True])
+def test_a_device_that_leaves_waits_for_a_gateway_that_is_there_and_for_no_other(
+    tmp_path: Path, *, gateway_stays: bool
+) -> None:
+    async def script(cell: Cell) -> None:
+        await cell.until(lambda: doubled(cell), 4.0)
+        gateway = Gateway(cell)
+        await gateway.peers.start()
+        chain = gateway.chain(1)
+        await generate(chain, range(4), 3)
+        device = next(device for device in cell.devices if device.id in chain.nodes())
+        if not gateway_stays:
+            cell.fabric.crash(gateway.id)
+            cell.fabric.hub.stop()
+            await cell.clock.sleep(0.1)
+        assert device.agent.relay.session_count == 1
+        began_s = cell.clock.monotonic_s()
+        await device.agent.drain()
+        took_s = cell.clock.monotonic_s() - began_s
+        assert (took_s >= device.agent._config.drain_timeout_s) if gateway_stays else (took_s < 0.5)
 
     run(tmp_path, 3, script)
 

@@ -5,6 +5,7 @@ Method: the real token source, chains, links and relays on virtual time; the coo
 """
 
 import asyncio
+from itertools import pairwise
 from pathlib import Path
 
 from fallow.domain.errors import UnknownModel
@@ -12,7 +13,8 @@ from fallow.domain.ids import Digest, SessionId
 from fallow.gateway.chain import Chain
 from fallow.gateway.contract import Conversation
 from fallow.gateway.lost_devices import LOST_MAX, LOST_S, LostDevices
-from fallow.gateway.moves import Moves
+from fallow.gateway.moves import MOVE_RETRY_S, MOVE_TRIES_S, Moves
+from fallow.gateway.running_ahead import Leave
 from fallow.gateway.sending import DIAL_PATIENCE_S
 from fallow.gateway.sessions import FleetConversation, FleetTokenSource
 from tests.simulation.sessions import Fleet, node_id
@@ -30,13 +32,20 @@ from tests.simulation.test_token_source import (
 LEAVER, SPARE = 1, 3
 
 
+class Failing(Chain):
+    """To move to it fails."""
+
+    async def establish(self, keep_tokens: int = 0, leave: Leave | None = None) -> None:
+        raise UnknownModel("the move fails")
+
+
 def repairs_of(source: FleetTokenSource) -> list[str]:
     """What was told of repairs that began."""
     return [event for event in source.events if "repairing after" in event]
 
 
 def assert_nothing_left(fleet: Fleet, source: FleetTokenSource) -> None:
-    assert (source._live, source.moves._moves) == ({}, {})
+    assert (source._live, source.moves._moves, source.moves._leaving) == ({}, {}, {})
     assert sum(node.relay.session_count for node in fleet.nodes if node.alive) == 0
 
 
@@ -255,6 +264,40 @@ def test_other_trouble_meanwhile_keeps_the_cache_of_the_device_that_leaves(tmp_p
     with_fleet(tmp_path, test, pieces=(A, B, C, C))
 
 
+def test_a_repair_that_keeps_the_device_that_leaves_is_followed_by_another_move(tmp_path: Path) -> None:
+    """It says once that it leaves; the move that this began has made way for the repair."""
+
+    async def test(fleet: Fleet, source: FleetTokenSource, model: Digest) -> None:
+        def alive() -> dict[int, int]:
+            return {index: node.relay.session_count for index, node in enumerate(fleet.nodes) if node.alive}
+
+        expected = await undisturbed(source, model, 60)
+        conversation = await source.open(model, PROMPT, 500, 1, "alice")
+        task = asyncio.create_task(timed(fleet, conversation, 60, between_s=0.1))
+        await asyncio.sleep(0.2)
+        fleet.nodes[SPARE].engine.hang()
+        fleet.nodes[LEAVER].relay.drain()
+        await asyncio.sleep(0.05)
+        assert sessions_on(fleet) == [2, 1, 2, 1, 0], "a move is under way"
+        fleet.nodes[2].kill()
+        await asyncio.sleep(0.2)
+        assert alive() == {0: 1, LEAVER: 1, SPARE: 0, 4: 1}, "it was repaired, and the move has ended"
+        fleet.nodes[SPARE].engine.resume()
+        await asyncio.sleep(2.0)
+        assert alive() == {0: 1, LEAVER: 0, SPARE: 1, 4: 1}, "it has moved"
+        repairs = repairs_of(source)
+        fleet.nodes[LEAVER].kill()
+        tokens, longest_s = await task
+        assert tokens == expected
+        assert longest_s < 0.5
+        assert repairs_of(source) == repairs, "the end of the device is not noticed"
+        await conversation.close(keep=False)
+        await asyncio.sleep(0.1)
+        assert_nothing_left(fleet, source)
+
+    with_fleet(tmp_path, test, pieces=(A, B, C, B, C))
+
+
 def test_two_devices_that_leave_at_once_are_left_in_one_move(tmp_path: Path) -> None:
     async def test(fleet: Fleet, source: FleetTokenSource, model: Digest) -> None:
         expected = await undisturbed(source, model, 120)
@@ -335,10 +378,6 @@ def test_a_token_source_that_closes_ends_its_moves(tmp_path: Path) -> None:
 def test_a_move_that_failed_a_moment_ago_is_not_changed_over_to(tmp_path: Path) -> None:
     """A task is done one pass before its callbacks run."""
 
-    class Failing(Chain):
-        async def establish(self, keep_tokens: int = 0) -> None:
-            raise UnknownModel("the move fails")
-
     async def test(fleet: Fleet, source: FleetTokenSource, model: Digest) -> None:
         chain = fleet.chain()
         to = Failing(SessionId("f" * 32), model, 100, 1, fleet.peers, fleet, fleet.clock, fleet.events.append)
@@ -349,6 +388,32 @@ def test_a_move_that_failed_a_moment_ago_is_not_changed_over_to(tmp_path: Path) 
         assert (moves.newest(chain), dropped) == (chain, [])
         await asyncio.sleep(0)
         assert (moves.newest(chain), dropped, chain.broken) == (chain, [to], False)
+
+    with_fleet(tmp_path, test)
+
+
+def test_a_move_that_failed_is_begun_again_now_and_then_for_as_long_as_the_device_may_stay(tmp_path: Path) -> None:
+    async def test(fleet: Fleet, source: FleetTokenSource, model: Digest) -> None:
+        chain = fleet.chain()
+        await chain.establish()
+        begun: list[float] = []
+
+        def make(_: Chain) -> Chain:
+            begun.append(fleet.clock.monotonic_s())
+            session = SessionId(f"{len(begun):032x}")
+            return Failing(session, model, 100, 1, fleet.peers, fleet, fleet.clock, fleet.events.append)
+
+        moves = Moves(make, lambda _: None, fleet.events.append, fleet.clock)
+        told_s = fleet.clock.monotonic_s()
+        assert moves.begin(chain, fleet.nodes[LEAVER].id)
+        while fleet.clock.monotonic_s() < told_s + 2 * MOVE_TRIES_S:
+            await asyncio.sleep(0.1)
+            assert moves.newest(chain) is chain
+        assert len(begun) > 10
+        assert min(later - before for before, later in pairwise(begun)) >= MOVE_RETRY_S
+        assert begun[-1] < told_s + MOVE_TRIES_S
+        assert not moves.end(chain)
+        assert not moves._leaving
 
     with_fleet(tmp_path, test)
 

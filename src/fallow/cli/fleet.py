@@ -51,6 +51,7 @@ def up(
     state_dir: StateDir = None,
     config: ConfigFile = None,
     verbose: Verbose = False,
+    parent: ParentPid = None,
 ) -> None:
     """Start the service on this machine: registrar, control bus, coordinators, gateway and, if you like, devices.
 
@@ -84,7 +85,7 @@ def up(
             "state_dir": state_dir,
         },
     )
-    asyncio.run(run(loaded, say))
+    asyncio.run(run(loaded, say, parent))
 
 
 def join(

@@ -199,7 +199,8 @@ class _Worker(asyncio.Protocol):
         worker = cls(await spawn(settings, models), settings, on_loss)
         await worker._loop.create_connection(lambda: worker, sock=worker._spawned.channel)
         try:
-            await asyncio.wait_for(asyncio.shield(worker._ready), START_TIMEOUT_S)
+            async with asyncio.timeout(START_TIMEOUT_S):
+                await asyncio.shield(worker._ready)
         except (TimeoutError, EngineLost) as error:
             await worker.close()
             raise EngineLost("the engine's worker process did not start; its own messages say why") from error

@@ -15,11 +15,9 @@ Rules
 """
 
 import asyncio
-import ctypes
 import importlib.metadata
 import json
 import logging
-import os
 import re
 import secrets
 import shutil
@@ -27,10 +25,11 @@ import signal
 import sys
 import sysconfig
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import msgspec
 
+from fallow.child_process import ending_with_us
 from fallow.domain.errors import BusUnavailable, ConfigError
 from fallow.fabric.broker_config import BusTrust, Passwords, TrustFiles, configuration, password_mode, trusted_mode
 from fallow.private_file import write_durably
@@ -44,8 +43,6 @@ RESTART_WAIT_S: Final = 0.1
 RESTART_WAIT_MAX_S: Final = 5.0
 STABLE_S: Final = 30.0
 """A server that ran for that long starts with a clean slate."""
-
-_PR_SET_PDEATHSIG: Final = 1
 
 log = logging.getLogger(__name__)
 
@@ -184,7 +181,7 @@ class Broker:
             stdout=asyncio.subprocess.DEVNULL,
             stderr=asyncio.subprocess.DEVNULL,
             start_new_session=True,  # Ctrl-C in a terminal is for us to act on, in our order
-            **_die_with_parent(),
+            **ending_with_us(signal.SIGTERM),
         )
         try:
             self._state.port = await self._ready(self._process)
@@ -251,20 +248,6 @@ async def _stop(process: asyncio.subprocess.Process) -> None:
     except TimeoutError:
         process.kill()
         await process.wait()
-
-
-def _die_with_parent() -> dict[str, Any]:
-    if sys.platform != "linux":
-        return {}
-    libc = ctypes.CDLL(None)  # loaded before the fork: the child must not import
-    parent = os.getpid()
-
-    def in_child() -> None:
-        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-        if os.getppid() != parent:
-            os._exit(1)
-
-    return {"preexec_fn": in_child}
 
 
 # --- finding the binary -------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from nats.aio.msg import Msg
 from fallow.domain.errors import BusUnavailable, SignatureInvalid
 from fallow.fabric.broker_config import ACCOUNT
 from fallow.fabric.contract import BusCredentials
-from fallow.fabric.nats_client import Urls, open_client
+from fallow.fabric.nats_client import Urls, leave, open_client
 from fallow.trust.keys import node_of_nkey
 
 CONNZ_TIMEOUT_S: Final = 2.0
@@ -141,7 +141,7 @@ class NatsPresence:
         client, self._client = self._client, None
         self._on_disconnect = None
         if client is not None:
-            await client.close()
+            await leave(client)
 
     async def _connected(self, message: Msg) -> None:
         await self._begin_anew()

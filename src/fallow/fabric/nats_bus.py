@@ -24,12 +24,11 @@ from nats.aio.msg import Msg
 
 from fallow.domain.errors import BusMessageError, BusTimeout, BusUnavailable, PassportRefused
 from fallow.fabric.contract import MAX_BUS_MESSAGE_BYTES, BusCredentials, BusHandler
-from fallow.fabric.nats_client import CONNECT_TIMEOUT_S, TrustingClient, Urls, open_client, settle
+from fallow.fabric.nats_client import CONNECT_TIMEOUT_S, TrustingClient, Urls, leave, open_client, settle
 
 PENDING_MESSAGES_MAX: Final = 65_536
 PENDING_BYTES_MAX: Final = 64 << 20
 """Waiting for one subscription's handler; more than that is lost."""
-CLOSE_FLUSH_S: Final = 1
 
 _INBOX: Final = "_INBOX."
 
@@ -135,13 +134,7 @@ class NatsBus:
         return NatsSubscription(subscription)
 
     async def close(self) -> None:
-        if self._client.is_closed:
-            return
-        if self._client.is_connected:
-            with contextlib.suppress(nats.errors.Error, TimeoutError):
-                await settle(self._client, CLOSE_FLUSH_S)
-        with contextlib.suppress(OSError):  # what was still to be sent to a server that hung up on us
-            await self._client.close()
+        await leave(self._client)
 
 
 class NatsSubscription:

@@ -18,12 +18,13 @@ import logging
 import re
 import ssl
 import time
-from collections.abc import Callable, Sequence
-from typing import Any, Final
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, Final, TypeVar
 from urllib.parse import urlsplit, urlunsplit
 
 import nats.errors
 from nats.aio.client import Client
+from nats.aio.msg import Msg
 from nats.aio.transport import TcpTransport
 
 from fallow.domain.errors import BusUnavailable, FallowError, PassportRefused, TrustError
@@ -42,7 +43,10 @@ PING_INTERVAL_S: Final = 1
 MAX_OUTSTANDING_PINGS: Final = 2
 UNSENT_BYTES_MAX: Final = 4 << 20
 """Published while disconnected; more than that is lost."""
+CLOSE_FLUSH_S: Final = 1
+"""For what was sent to arrive, before we leave."""
 CLOSE_TIMEOUT_S: Final = 1
+"""For the server to take note that we leave."""
 STREAM_BYTES_MAX: Final = 32_768
 """Read ahead of the parser."""
 LINES_MAX: Final = 8
@@ -59,6 +63,8 @@ _REFUSED: Final = "authorization violation"
 
 Urls = str | Sequence[str] | Callable[[], Sequence[str]]
 """Where servers are: now and for good, or now each time that it is asked for."""
+
+T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
@@ -83,12 +89,11 @@ class TlsTransport(TcpTransport):
 
     async def connect(self, uri: Any, buffer_size: int, connect_timeout: int) -> None:
         """Raises `OSError`, `ssl.SSLError` among them."""
-        self._bare_io_reader, self._bare_io_writer = self._io_reader, self._io_writer = await asyncio.wait_for(
-            asyncio.open_connection(
+        async with asyncio.timeout(connect_timeout):
+            self._io_reader, self._io_writer = await asyncio.open_connection(
                 uri.hostname, uri.port, limit=buffer_size, ssl=self._context, server_hostname=BUS_NAME
-            ),
-            connect_timeout,
-        )
+            )
+        self._bare_io_reader, self._bare_io_writer = self._io_reader, self._io_writer
 
     async def connect_tls(self, *_: Any) -> None:
         """It is already."""
@@ -113,11 +118,29 @@ class TlsTransport(TcpTransport):
 
     async def wait_closed(self) -> None:
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(super().wait_closed(), CLOSE_TIMEOUT_S)  # type: ignore[no-untyped-call]
+            async with asyncio.timeout(CLOSE_TIMEOUT_S):
+                await super().wait_closed()  # type: ignore[no-untyped-call]
+
+
+async def _unless_cancelled(call: Awaitable[T]) -> T:
+    """What a call of nats-py's gives, unless we are cancelled meanwhile.
+
+    It swallows that when its answer comes in the same moment (`asyncio.wait_for` before Python 3.12), and when it has
+    to wait for its flusher. Who was cancelled would go on, and who waits for its end would wait for ever.
+    """
+    task = asyncio.current_task()
+    assert task is not None
+    before = task.cancelling()
+    try:
+        return await call
+    finally:
+        if task.cancelling() > before:
+            raise asyncio.CancelledError
 
 
 class TrustingClient(Client):
-    """A client that takes messages for a sign of life, and the server's complaints for what they are.
+    """A client that takes messages for a sign of life, the server's complaints for what they are, and a cancellation
+    for an end (`_unless_cancelled`).
 
     nats-py counts a connection as dead when answers to its pings are late, and they are when they wait behind messages
     that we have not read yet: a coordinator that thousands of devices report to at once would leave when needed most.
@@ -139,12 +162,30 @@ class TrustingClient(Client):
         """Whether the server refused a subscription of ours to it, since we last connected."""
         return ("subscription", subject.lower()) in self._denied
 
+    async def request(self, *args: Any, **kwargs: Any) -> Msg:
+        return await _unless_cancelled(super().request(*args, **kwargs))
+
+    async def flush(self, *args: Any, **kwargs: Any) -> None:
+        await _unless_cancelled(super().flush(*args, **kwargs))
+
+    async def close(self) -> None:
+        await _unless_cancelled(super().close())
+
+    async def _flush_pending(self, *args: Any, **kwargs: Any) -> Any:
+        """All that is sent comes by here."""
+        return await _unless_cancelled(super()._flush_pending(*args, **kwargs))
+
     async def _send_ping(self, *args: Any, **kwargs: Any) -> None:
         messages = self.stats["in_msgs"]
         if messages != self._messages_seen:
             self._messages_seen = messages
             self._pings_outstanding = min(self._pings_outstanding, 1)
         await super()._send_ping(*args, **kwargs)
+
+    async def _close(self, status: int, do_cbs: bool = True) -> None:
+        # Whoever leaves has settled before. nats-py would write the rest to a connection that may be gone, and fail.
+        self._pending, self._pending_data_size = [], 0
+        await super()._close(status, do_cbs)
 
     async def _connect_to_server(self, s: Any) -> None:
         if self._tls is None:
@@ -260,6 +301,17 @@ async def open_client(urls: Urls, name: str, credentials: BusCredentials | None 
     client.options["max_reconnect_attempts"] = -1
     healing.client = client
     return client
+
+
+async def leave(client: Client) -> None:
+    """Close a connection for good. What was sent before arrives, if there is somebody to take it; whether or not, this
+    ends in little more than `CLOSE_FLUSH_S` and `CLOSE_TIMEOUT_S`. Idempotent."""
+    if client.is_connected:
+        with contextlib.suppress(nats.errors.Error, TimeoutError):
+            await settle(client, CLOSE_FLUSH_S)
+    with contextlib.suppress(OSError, TimeoutError):  # the server hung up on us, or says nothing any more
+        async with asyncio.timeout(CLOSE_TIMEOUT_S + RECONNECT_WAIT_S):
+            await client.close()
 
 
 async def settle(client: Client, timeout_s: int) -> None:

@@ -7,6 +7,8 @@ Rules
   prepares does not move in turn: it is repaired, which nobody waits for.
 - A move that finds no chain, or no room, is tried again for as long as a leaver may stay. It never stops a chain that
   still serves: one that fails leaves the repair to the moment when the device is gone.
+- A leaver says so once. Where its move failed, or made way for a repair that kept the leaver, the next token begins
+  another one, at most one in `MOVE_RETRY_S`.
 - A chain in trouble waits for its move where that is ready no later than a repair (`policy/recovery.py`). Otherwise the
   move ends first, so that the repair has its room and its devices' time.
 - A conversation that ends keeps the chain of a move that is ready, and ends any other with the cache that is about to
@@ -47,6 +49,16 @@ class _Move(msgspec.Struct):
     work: Work
 
 
+class _Leaving(msgspec.Struct):
+    """Who said to a conversation that it leaves."""
+
+    nodes: set[NodeId]
+    until_s: float
+    """Who is still there by then has stayed after all."""
+    begun_s: float
+    """When the conversation was last to move."""
+
+
 class Moves:
     """All moves of a gateway, by the session that is left. `make` makes a chain, `drop` frees one."""
 
@@ -62,11 +74,21 @@ class Moves:
         self._on_event = on_event
         self._clock = clock
         self._moves: dict[SessionId, _Move] = {}
+        self._leaving: dict[SessionId, _Leaving] = {}
+        """Of conversations that go on."""
 
     def begin(self, chain: Chain, leaver: NodeId) -> bool:
         """Move away from a device that leaves. False for a chain that a move prepares: it is to be repaired."""
         if any(move.to is chain for move in self._moves.values()):
             return False
+        now_s = self._clock.monotonic_s()
+        leaving = self._leaving.setdefault(chain.session, _Leaving(set(), now_s, now_s))
+        leaving.nodes.add(leaver)
+        leaving.until_s = now_s + MOVE_TRIES_S
+        self._move(chain, leaver)
+        return True
+
+    def _move(self, chain: Chain, leaver: NodeId) -> None:
         move = self._moves.get(chain.session)
         if move is None:
             to = self._make(chain)
@@ -74,17 +96,28 @@ class Moves:
             self._moves[chain.session] = move
         move.leavers.add(leaver)
         move.to.avoid(leaver, MOVE_TRIES_S)
-        return True
 
     def newest(self, chain: Chain) -> Chain:
         """The chain to go on with between two tokens: the other one as soon as it is ready."""
         move = self._moves.get(chain.session)
-        if move is None or not _succeeded(move.work):
+        if move is None:
+            self._move_after_all(chain)
+            return chain
+        if not _succeeded(move.work):
             return chain
         if move.to.broken:
             move.work = self._start(chain, _catch_up(chain, move.to))
             return chain
         return self._change_over(chain, move)
+
+    def _move_after_all(self, chain: Chain) -> None:
+        """Move away from who said that it leaves and is in the chain still."""
+        leaving, now_s = self._leaving.get(chain.session), self._clock.monotonic_s()
+        if leaving is None or chain.broken or not leaving.begun_s + MOVE_RETRY_S <= now_s < leaving.until_s:
+            return
+        leaving.begun_s = now_s
+        for leaver in leaving.nodes.intersection(chain.nodes()):
+            self._move(chain, leaver)
 
     def superseded(self, chain: Chain) -> bool:
         """For a chain in trouble: whether its move is worth waiting for (`awaited`). Ends it, where it is not."""
@@ -95,7 +128,7 @@ class Moves:
         rows = len(chain.tokens)
         if ready is not None and supersedes(rows - ready, rows, *chain.layers_lost(move.leavers)):
             return True
-        self.end(chain)
+        self._stop(chain)
         return False
 
     async def awaited(self, chain: Chain) -> Chain:
@@ -107,11 +140,15 @@ class Moves:
         await asyncio.wait((move.work,))
         if _succeeded(move.work) and not move.to.broken:
             return self._change_over(chain, move)
-        self.end(chain)
+        self._stop(chain)
         return chain
 
     def end(self, chain: Chain) -> bool:
-        """The conversation has ended, or its chain is repaired. Whether a move was under way."""
+        """The conversation has ended, or goes on with another chain. Whether a move was under way."""
+        self._leaving.pop(chain.session, None)
+        return self._stop(chain)
+
+    def _stop(self, chain: Chain) -> bool:
         move = self._moves.pop(chain.session, None)
         if move is None:
             return False
@@ -122,6 +159,7 @@ class Moves:
     async def close(self) -> None:
         """End all."""
         moves, self._moves = list(self._moves.values()), {}
+        self._leaving.clear()
         for move in moves:
             move.work.cancel()
             self._drop(move.to)
@@ -165,7 +203,7 @@ class Moves:
         error = work.exception()
         move = self._moves.get(chain.session)
         if move is not None and move.work is work:
-            self.end(chain)
+            self._stop(chain)
             self._on_event(f"session {chain.session[:8]}: it could not be moved: {error}")
         if not isinstance(error, FallowError):
             log.error("a move failed inside", exc_info=error)

@@ -43,6 +43,9 @@ class ServerLimits(msgspec.Struct, frozen=True, kw_only=True):
     """How long a client may leave a full send buffer unread."""
     shutdown_s: int = 5
     """How long `close` waits for running answers before it ends them."""
+    farewell_s: float = 0.5
+    """How long `close` waits for a client that has all of its answers to close its side: with TLS it has to, and one
+    that reads nothing between two requests does not."""
     backlog: int = 512
 
 
@@ -214,6 +217,12 @@ def _protocol(limits: ServerLimits) -> type[H11Protocol]:
         def on_response_complete(self) -> None:
             super().on_response_complete()
             self._watch_headers()
+
+        def shutdown(self) -> None:
+            if not self.transport.is_closing():  # asyncio's TLS loses sight of a connection that is closed twice
+                super().shutdown()
+            if self.transport.is_closing() and not self.transport.get_write_buffer_size():
+                self.loop.call_later(limits.farewell_s, self.transport.abort)
 
         def pause_writing(self) -> None:
             super().pause_writing()

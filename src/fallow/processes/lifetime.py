@@ -2,22 +2,21 @@
 
 Rules
 - The first SIGTERM or SIGINT asks to leave politely, the second to stop at once.
-- A child of `fallow up` dies with it: the kernel is told where it can be (Linux), and the parent's id is watched
-  everywhere. Nobody is left working for a fleet that has been stopped.
+- A process that was told its parent's id does not outlive it: it leaves politely, for `PARTING_S` at most. Nobody is
+  left working for a fleet that has been stopped. (Children of `fallow up` are ended by the kernel, where it can.)
 """
 
 import asyncio
 import contextlib
-import ctypes
 import faulthandler
 import os
 import signal
-import sys
 from collections.abc import Awaitable
 from typing import Any, Final
 
 PARENT_CHECK_S: Final = 0.5
-_PR_SET_PDEATHSIG: Final = 1
+PARTING_S: Final = 3.0
+"""How long a process without its parent may take to leave politely."""
 
 
 class Stop:
@@ -36,7 +35,6 @@ class Stop:
         if hasattr(signal, "SIGUSR1"):
             faulthandler.register(signal.SIGUSR1)  # writes every thread's stack to stderr: for a process that hangs
         if parent_pid is not None:
-            die_with_parent()
             self._watch = loop.create_task(self._watch_parent(parent_pid))
 
     def ask(self) -> None:
@@ -61,10 +59,5 @@ class Stop:
         while os.getppid() == parent_pid:  # noqa: ASYNC110 (no event tells of it everywhere)
             await asyncio.sleep(PARENT_CHECK_S)
         self.polite.set()
+        await asyncio.sleep(PARTING_S)
         self.at_once.set()
-
-
-def die_with_parent() -> None:
-    """Have the kernel send SIGKILL when the thread that started this process ends. Linux only."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -3,7 +3,8 @@
 Rules
 - It is the product: `fallow up` and `fallow join` as processes, asked over the bus and HTTP like anybody's.
 - Everything lies in the folder given; ports are free ones; nothing else on the machine is touched.
-- Processes are ended by their ids, and all of them are gone when `stop` returns.
+- Processes are ended by their ids, and all of them are gone when `stop` returns. They end by themselves when their
+  parent, who made this, is gone.
 
 Plain and blocking: callers are scripts and tests.
 """
@@ -216,7 +217,7 @@ class LocalService:
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / f"{name}.output").open("ab") as output:
             return subprocess.Popen(
-                [sys.executable, "-m", "fallow", *arguments],
+                [sys.executable, "-m", "fallow", *arguments, "--parent", str(os.getpid())],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,

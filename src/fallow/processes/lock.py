@@ -15,15 +15,18 @@ PID_DIGITS_MAX: Final = 20
 def hold(folder: Path) -> Iterator[None]:
     """Hold a folder while this process lives; the kernel lets go of it, however the process ends.
 
-    Raises `ConfigError` when another process holds it.
+    Raises `ConfigError` when another process holds it, or nothing can be written there.
     """
     try:
         import fcntl
     except ImportError:  # Windows
         yield
         return
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    handle = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        handle = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+    except OSError as error:
+        raise _unwritable(folder, error) from error
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -31,11 +34,20 @@ def hold(folder: Path) -> Iterator[None]:
             raise ConfigError(
                 f"Another device runs in {folder} already; give this one a folder of its own with --state-dir."
             ) from None
-        os.ftruncate(handle, 0)
-        os.pwrite(handle, str(os.getpid()).encode(), 0)
+        try:
+            os.ftruncate(handle, 0)
+            os.pwrite(handle, str(os.getpid()).encode(), 0)
+        except OSError as error:
+            raise _unwritable(folder, error) from error
         yield
     finally:
         os.close(handle)
+
+
+def _unwritable(folder: Path, error: OSError) -> ConfigError:
+    return ConfigError(
+        f"Nothing can be kept in {folder} ({error.strerror or error}): see to that, and run the same command again."
+    )
 
 
 def holder(folder: Path) -> int | None:

@@ -3,6 +3,7 @@
 Rules
 - A child that dies is started again after a wait that doubles up to `RESTART_WAIT_MAX_S`; after `RESTARTS_MAX` deaths
   in a row it is given up. One that ran for `STABLE_S` starts with a clean slate. Every restart is told.
+- Children end with the supervisor, however it ends: the kernel kills them, where it can (`child_process.py`).
 - Children have their own session, so that Ctrl-C in a terminal reaches the supervisor alone and it decides the order.
 - A child's output goes to its log file. Logs are rotated by the child; what is here is its last words.
 
@@ -11,9 +12,12 @@ It knows nothing of what the children do.
 
 import asyncio
 import os
+import signal
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Final
+
+from fallow.child_process import ending_with_us
 
 RESTARTS_MAX: Final = 10
 RESTART_WAIT_S: Final = 0.2
@@ -92,6 +96,7 @@ class Child:
                 stderr=output,
                 env={**os.environ, **self._environment},
                 start_new_session=True,
+                **ending_with_us(signal.SIGKILL),
             )
 
     async def _keep(self) -> None:

@@ -12,6 +12,7 @@ Rules
 import asyncio
 import contextlib
 import os
+import signal
 import socket
 import sys
 from collections.abc import Sequence
@@ -22,6 +23,7 @@ import httpx
 import msgspec
 
 from fallow import wiring
+from fallow.child_process import ending_with_us
 from fallow.config import Config, Loaded, as_environment
 from fallow.domain.clock import Clock
 from fallow.domain.credentials import Role
@@ -53,7 +55,7 @@ INSECURE: Final = (
 )
 
 
-async def run(loaded: Loaded, tell: Tell) -> None:
+async def run(loaded: Loaded, tell: Tell, parent_pid: int | None = None) -> None:
     """Run until a signal. Raises any `FallowError`."""
     config = loaded.config
     check_exposure(config)
@@ -65,7 +67,7 @@ async def run(loaded: Loaded, tell: Tell) -> None:
         )
     config = _with_port(config)
     stop = Stop()
-    stop.listen()
+    stop.listen(parent_pid)
     network = _network(config, tell)
     await _ensure_model(config, stop, tell)
     if stop.polite.is_set():
@@ -118,7 +120,7 @@ async def _ensure_model(config: Config, stop: Stop, tell: Tell) -> None:
         return
     tell("The store has no model yet: fetching and importing the default one, SmolLM2-135M-Instruct.")
     command = [sys.executable, "-m", "fallow", "model", "add", "default", "--state-dir", str(config.state_dir)]
-    importer = await asyncio.create_subprocess_exec(*command, start_new_session=True)
+    importer = await asyncio.create_subprocess_exec(*command, start_new_session=True, **ending_with_us(signal.SIGTERM))
     stopped = asyncio.ensure_future(stop.polite.wait())
     ended = asyncio.ensure_future(importer.wait())
     await asyncio.wait({ended, stopped}, return_when=asyncio.FIRST_COMPLETED)
@@ -234,7 +236,8 @@ class Service:
                     child = children[0]
                     raise BusUnavailable(f"The {child.name} cannot be kept running. {child.last_words()}")
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(stop.polite.wait(), FAILURE_POLL_S)
+                async with asyncio.timeout(FAILURE_POLL_S):
+                    await stop.polite.wait()
 
     async def close(self) -> None:
         """Stop everything, in order."""

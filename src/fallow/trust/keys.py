@@ -3,7 +3,8 @@
 Rules
 - The public key, as lower-case hex, is the party's `NodeId` everywhere. The same 32 bytes are its iroh endpoint id and,
   in base32 with a prefix and a checksum, its nkey on the bus.
-- The file holds the 32 bytes of the seed and nothing else.
+- The file holds the 32 bytes of the seed and nothing else. It is there whole or not at all, and never replaced: of
+  processes that start at once, all have the key of the first.
 - What is signed is always an envelope (`trust/envelope.py`) or NATS's nonce, never a stranger's bytes alone.
 """
 
@@ -23,6 +24,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from fallow.domain.errors import ConfigError, SignatureInvalid
 from fallow.domain.ids import NodeId
+from fallow.private_file import write_first
 
 SEED_BYTES = 32
 KEY_BYTES = 32
@@ -127,7 +129,7 @@ def node_of_nkey(nkey: str, prefix: int = nkeys.PREFIX_BYTE_USER) -> NodeId:
 def load_or_create(path: Path) -> Identity:
     """The identity in a file; a new one when there is no file.
 
-    Raises `ConfigError` when the file is not a seed, or others may read it.
+    Raises `ConfigError` when the file is not a seed, or others may read it, or there is no room for a new one.
     """
     try:
         return load(path)
@@ -137,16 +139,19 @@ def load_or_create(path: Path) -> Identity:
         return create(path)
     except FileExistsError:  # another process was faster
         return load(path)
+    except PermissionError:
+        raise
+    except OSError as error:
+        raise ConfigError(
+            f"A private key cannot be kept in {path} ({error.strerror or error}), and none was made. Make room there, "
+            "and run the same command again."
+        ) from None
 
 
 def create(path: Path) -> Identity:
     """A new identity, kept in a file that was not there. Raises `FileExistsError`."""
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(handle, "wb") as file:
-        file.write(os.urandom(SEED_BYTES))
-        file.flush()
-        os.fsync(file.fileno())
+    write_first(path, os.urandom(SEED_BYTES))
     return load(path)
 
 

@@ -245,8 +245,9 @@ class Membership:
         if self._failures:
             self._urgent.set()
 
-    def take(self, admitted: Admitted) -> None:
-        """A passport that came."""
+    def take(self, admitted: Admitted) -> OSError | None:
+        """A passport that came. Why it is not kept over a restart, where it cannot be written down."""
+        trouble: OSError | None = None
         kept = Kept(
             passport=admitted.passport,
             issued_unix_s=admitted.issued_unix_s,
@@ -258,6 +259,7 @@ class Membership:
             write_durably(self.folder / PASSPORT_FILE, msgspec.json.encode(kept))
             note(self.folder / HEAD_FILE, admitted.journal_head, self._clock.unix_s())
         except OSError as error:
+            trouble = error
             log.error("%s: the new passport is not kept over a restart: %s", self.folder, error)
         except JournalBroken as error:
             log.error("%s: the journal's head could not be noted: %s", self.folder, error.message)
@@ -267,6 +269,7 @@ class Membership:
         self._kept = kept
         self.refusal = None
         self._tell()
+        return trouble
 
     async def _keep_fresh(self) -> None:
         refusals = 0  # by the bus, in a row
@@ -357,17 +360,26 @@ async def enrol(
 ) -> Membership:
     """Become a member. `known` is what `registrar_client.meet` gave for the invitation.
 
-    Raises `InvitationRefused`, `RequestRefused`, `RegistrarUnavailable`; `ConfigError` as `require_network` does.
+    Raises `InvitationRefused`, `RequestRefused`, `RegistrarUnavailable`; `ConfigError` as `require_network` does, and
+    where the membership cannot be written down: who is nobody after a restart has not joined.
     """
     require_network(folder, known.digest)
     places = Places(registrar_urls=invitation.registrar_urls, bus_urls=())
     async with RegistrarClient(known, places.registrar_urls) as client:
         admitted = await client.admission(who, asked)
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    write_durably(folder / NETWORK_FILE, known.content)
-    write_durably(folder / PLACES_FILE, msgspec.json.encode(places))
     membership = Membership(folder, who, known, places, clock)
-    membership.take(admitted)
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        write_durably(folder / NETWORK_FILE, known.content)
+        write_durably(folder / PLACES_FILE, msgspec.json.encode(places))
+        if (trouble := membership.take(admitted)) is not None:
+            raise trouble
+    except OSError as error:
+        await membership.close()
+        raise ConfigError(
+            f"This device was admitted, but its membership cannot be kept in {folder} ({error.strerror or error}). "
+            "Make room there, and run the same command again: the invitation is still good for this device."
+        ) from None
     return membership
 
 

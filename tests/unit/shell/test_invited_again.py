@@ -2,6 +2,9 @@
 never passed over in silence. A real registrar over HTTPS; the folders are those of `fallow join`."""
 
 import asyncio
+import errno
+import os
+import tempfile
 from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
@@ -25,6 +28,8 @@ from fallow.trust.registrar.invitations import as_text
 from tests.unit.trust.registrar_world import World, served
 
 SOON = ServerLimits(shutdown_s=0.05)
+KEPT_FILES = 5
+"""Of a device that has just joined."""
 
 
 @pytest.fixture
@@ -75,6 +80,52 @@ def test_the_invitation_that_it_came_with_changes_nothing_at_the_next_start(worl
         assert len(owner.agreed) == 1, "nobody is asked twice"
         assert world.kinds().count("enrolled") == 1
         await owner.join(invitation)  # and none of it needs the registrar
+
+    run(scenario())
+
+
+class FullDisk:
+    """No more than so many files of a folder reach the disk."""
+
+    def __init__(self, folder: Path, room: int, patch: pytest.MonkeyPatch) -> None:
+        self._folder, self._room = folder, room
+        self._files: set[int] = set()
+        self._mkstemp, self._fsync = tempfile.mkstemp, os.fsync
+        patch.setattr(tempfile, "mkstemp", self.mkstemp)
+        patch.setattr(os, "fsync", self.fsync)
+
+    def mkstemp(self, **options: Any) -> tuple[int, str]:
+        handle, name = self._mkstemp(**options)
+        if self._folder in Path(name).parents:
+            self._files.add(handle)
+        return handle, name
+
+    def fsync(self, handle: int) -> None:
+        if handle in self._files:
+            self._files.discard(handle)
+            if self._room == 0:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            self._room -= 1
+        self._fsync(handle)
+
+
+def test_a_device_whose_disk_is_full_is_told_so_and_joins_by_the_same_invitation_when_there_is_room(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario() -> None:
+        async with served(world, connections=SOON):
+            for room in range(KEPT_FILES):
+                owner, invitation = Owner(tmp_path / f"owner-{room}"), invited(world)
+                with monkeypatch.context() as patch:
+                    FullDisk(owner.folder, room, patch)
+                    with pytest.raises(ConfigError, match=r"No space left on device.*run the same command again"):
+                        await owner.join(invitation)
+                member = await owner.join(invitation)
+                assert membership.load(member.folder, member.who, SystemClock()).passport == member.passport
+                assert sorted(path.name for path in member.folder.iterdir()) == [
+                    "identity", "journal-head", "network.json", "passport", "places.json"
+                ]  # fmt: skip
+        assert world.kinds().count("enrolled") == KEPT_FILES, "once each"
 
     run(scenario())
 

@@ -25,6 +25,7 @@ async def main():
     print("finished" if finished else "cut short", flush=True)
 asyncio.run(main())
 """
+HASTY = "from fallow.processes import lifetime; lifetime.PARTING_S = 0.1" + CHILD
 LAUNCHER = """
 import os, subprocess, sys, time
 subprocess.Popen([sys.executable, "-c", sys.argv[1], str(os.getpid())])
@@ -50,11 +51,12 @@ def test_the_first_signal_is_polite_and_the_second_is_not(second: signal.Signals
 
 @pytest.mark.skipif(sys.platform == "win32", reason="processes there have no parents to follow")
 def test_a_child_does_not_outlive_its_parent() -> None:
-    with subprocess.Popen([sys.executable, "-c", LAUNCHER, CHILD], stdout=subprocess.PIPE, text=True) as parent:
+    with subprocess.Popen([sys.executable, "-c", LAUNCHER, HASTY], stdout=subprocess.PIPE, text=True) as parent:
         pid = int(line(parent).split()[1])
         orphan = psutil.Process(pid)
         os.kill(parent.pid, signal.SIGKILL)
         assert parent.wait(LIMIT_S) == -signal.SIGKILL
+        assert (line(parent), line(parent)) == ("polite", "cut short")
         orphan.wait(LIMIT_S)
 
 

@@ -30,6 +30,12 @@ def test_a_second_device_is_told_until_the_first_has_ended(tmp_path: Path) -> No
         pass
 
 
+def test_a_folder_that_cannot_be_written_to_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"Nothing can be kept in .*file/device"), hold(tmp_path / "file" / "device"):
+        pytest.fail("it is held")
+
+
 def test_a_folder_can_be_held_again(tmp_path: Path) -> None:
     for _ in range(2):
         with hold(tmp_path):

@@ -3,7 +3,9 @@
 import asyncio
 import os
 import signal
+import subprocess
 import sys
+import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
@@ -16,6 +18,16 @@ from fallow.processes.supervisor import Child
 LIMIT_S = 20.0
 OBEDIENT = "import time; print('up', flush=True); time.sleep(60)"
 STUBBORN = "import signal, time; signal.signal(15, signal.SIG_IGN); print('up', flush=True); time.sleep(60)"
+KEEPS = """
+import asyncio, sys, pathlib
+from fallow.processes.supervisor import Child
+async def main():
+    child = Child("worker", [sys.executable, "-c", sys.argv[1]], {}, pathlib.Path(sys.argv[2]), print)
+    await child.start()
+    print(child.pid, flush=True)
+    await asyncio.sleep(60)
+asyncio.run(main())
+"""
 
 
 def child(tmp_path: Path, code: str, told: list[str], rest_s: float = 0.0) -> Child:
@@ -119,6 +131,21 @@ def test_a_child_leads_a_session_of_its_own(tmp_path: Path) -> None:
         await worker.stop(2.0)
 
     run(work)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere, children look after that themselves")
+def test_a_child_that_listens_to_nobody_ends_with_a_supervisor_that_was_killed(tmp_path: Path) -> None:
+    log = tmp_path / "worker.output"
+    command = [sys.executable, "-c", KEEPS, STUBBORN, str(log)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as keeper:
+        assert keeper.stdout is not None
+        orphan = psutil.Process(int(keeper.stdout.readline()))
+        deadline_s = time.monotonic() + LIMIT_S
+        while b"up" not in log.read_bytes() and time.monotonic() < deadline_s:
+            time.sleep(0.01)
+        keeper.kill()
+        keeper.wait(LIMIT_S)
+        orphan.wait(LIMIT_S)
 
 
 def test_a_start_that_fails_counts_as_a_death_and_the_next_one_is_tried(

@@ -1,12 +1,28 @@
 """The identity file: made once, private, checked."""
 
+import os
+import signal
 import stat
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from fallow.domain.errors import ConfigError, SignatureInvalid
-from fallow.trust.keys import identity_of, load_or_create, verify
+from fallow.trust.keys import Identity, identity_of, load_or_create, verify
+
+LIMIT_S = 20.0
+AT_ONCE = 6
+KILLED = """
+import os, pathlib, signal, sys
+from fallow.trust.keys import load_or_create
+os.fdopen = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # a file is open, and nothing written
+load_or_create(pathlib.Path(sys.argv[1]))
+"""
 
 
 def test_it_is_made_once_and_only_its_owner_may_read_it(tmp_path: Path) -> None:
@@ -15,6 +31,52 @@ def test_it_is_made_once_and_only_its_owner_may_read_it(tmp_path: Path) -> None:
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert load_or_create(path) == first
     assert load_or_create(tmp_path / "other.key") != first
+
+
+def test_of_many_that_start_at_once_all_have_the_key_of_one(tmp_path: Path) -> None:
+    barrier = threading.Barrier(AT_ONCE)
+
+    def start(path: Path) -> Identity:
+        barrier.wait(LIMIT_S)
+        return load_or_create(path)
+
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        for turn in range(10):
+            path = tmp_path / str(turn) / "node.key"
+            identities = set(pool.map(start, [path] * AT_ONCE))
+            assert len(identities) == 1
+            assert stat.S_IMODE(path.stat().st_mode) == 0o600
+            assert list(path.parent.iterdir()) == [path]
+
+
+def test_who_is_slow_to_make_a_key_takes_the_one_that_was_made_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "node.key"
+    opened, may_write = threading.Event(), threading.Event()
+    fdopen = os.fdopen
+
+    def wait_and_open(*arguments: Any) -> Any:
+        opened.set()
+        assert may_write.wait(LIMIT_S)
+        return fdopen(*arguments)
+
+    monkeypatch.setattr(os, "fdopen", wait_and_open)
+    with ThreadPoolExecutor(1) as pool:
+        slow = pool.submit(load_or_create, path)
+        assert opened.wait(LIMIT_S)
+        monkeypatch.setattr(os, "fdopen", fdopen)
+        quick = load_or_create(path)
+        may_write.set()
+        assert slow.result(LIMIT_S) == quick == load_or_create(path)
+
+
+def test_who_is_killed_half_way_leaves_nothing_that_is_taken_for_a_key(tmp_path: Path) -> None:
+    path = tmp_path / "node.key"
+    killed = subprocess.run([sys.executable, "-c", KILLED, str(path)], timeout=LIMIT_S, check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert len(list(tmp_path.iterdir())) == 1, "what it had begun"
+    assert load_or_create(path) == load_or_create(path)
 
 
 def test_the_node_id_is_the_public_key_of_rfc_8032() -> None:

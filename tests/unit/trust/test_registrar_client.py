@@ -4,6 +4,7 @@ import asyncio
 import random
 import socket
 import ssl
+import time
 from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from fallow.domain.errors import (
 )
 from fallow.domain.fleet import Tier
 from fallow.domain.network import BUS_NAME, REGISTRAR_NAME, Places
-from fallow.gateway.server import HttpServer, serve
+from fallow.gateway.server import HttpServer, ServerLimits, serve
 from fallow.policy.enrolment import RETRY_MAX_S, renewal_wait_s, retry_wait_s
 from fallow.policy.rate_limit import KeyLimits
 from fallow.system_clock import SystemClock
@@ -446,6 +447,23 @@ def test_the_addresses_that_a_renewal_brings_are_kept(world: World, tmp_path: Pa
                 assert member.places.registrar_urls == (second.url,)
             await member.close()
             assert load(tmp_path, who, SystemClock()).places.registrar_urls == (second.url,)
+
+    run(scenario())
+
+
+def test_a_registrar_that_stops_does_not_wait_for_members_that_keep_their_connection(world: World) -> None:
+    """They read nothing between two requests, and so leave TLS's goodbye unanswered."""
+
+    async def scenario() -> None:
+        limits = ServerLimits(farewell_s=0.1)
+        async with (
+            served(world, connections=limits) as server,
+            RegistrarClient(met(world.state.network_json), [server.url]) as client,
+        ):
+            await client.places()
+            began_s = time.monotonic()
+            await server.close()
+            assert time.monotonic() - began_s < 1.0
 
     run(scenario())
 

@@ -110,7 +110,8 @@ class RegistrarDuties:
                 await self._attempt(name, duty)
             await self._clock.sleep(LOOK_MIN_S)
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._woken.wait(), LOOK_S)
+                async with asyncio.timeout(LOOK_S):
+                    await self._woken.wait()
 
     async def _attempt(self, name: str, duty: Callable[[], Awaitable[None]]) -> None:
         try:
