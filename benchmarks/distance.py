@@ -76,7 +76,7 @@ WARM_UP_TOKENS = 8
 SECOND_PORT = 8500
 READY_LIMIT_S = 90.0
 LINKS = '[links]\nlocal_sockets = false\nrelay = "never"\n'
-DEVICE = f'{LINKS}[node]\nlisten = "0.0.0.0:0"\nmemory_bytes = "1GiB"\nthreads = 1\n'
+DEVICE = f'{LINKS}[node]\nmemory_bytes = "1GiB"\nthreads = 1\n'
 REPAIRS = re.compile(r"repaired in|ran ahead with another token|misled")
 
 

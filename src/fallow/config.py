@@ -84,7 +84,7 @@ class GatewayConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     port: Port = 8484
     """0: any free one."""
     links: str | None = None
-    """`ip:port` to listen on for devices that fetch model files; `None`: beside the bus."""
+    """`ip:port` to listen on for devices that fetch model files; `None`: as `node.listen` has it."""
     keys: Annotated[tuple[ApiKey, ...], msgspec.Meta(max_length=KEYS_MAX)] = ()
     """Without any, everyone who reaches the port may ask."""
     wait_max_s: Annotated[float, msgspec.Meta(gt=0, le=300)] = 10.0
@@ -131,7 +131,7 @@ class NodeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     threads: Count | None = None
     """`None`: one for each core."""
     listen: str | None = None
-    """`ip:port` for links; `None`: loopback when the bus is there, else every interface, any port."""
+    """`ip:port` for links; `None`: loopback when the bus is there at the start, else every interface, any port."""
     region: Region | None = None
     """Where the device is, for models that must stay in a region; `None`: not said."""
     available: Declarations = ()

@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Final
+from urllib.parse import urlsplit
 
 from msgspec.structs import replace
 
@@ -121,22 +122,24 @@ def presence_of(config: Config, member: Membership) -> PresenceWatcher | None:
     return NatsPresence(bus_urls(config, member), SystemCredentials(member), member.network.account)
 
 
-def link_address(config: Config, chosen: str | None) -> str:
-    """`ip:port` to listen on for links: what was chosen, else loopback when the bus is there, else every interface."""
+def link_address(config: Config, chosen: str | None, told: tuple[str, ...]) -> str:
+    """`ip:port` to listen on for links: what was chosen, else loopback when the bus is there, else every interface.
+
+    `told`: the urls at which the registrar says that the bus is; who joined by an invitation knows it from there alone.
+    Open links stay where they are: a bus that leaves loopback counts at the next start, or in the next cell.
+    """
     if chosen is not None:
         return chosen
-    # `fallow up --host 0.0.0.0` reaches its own bus on loopback, but others must reach its devices and its store.
-    local = is_loopback(bus_host(config)) and is_loopback(config.bus.host)
-    return LOOPBACK_LINKS if local else OPEN_LINKS
+    return LOOPBACK_LINKS if all(map(is_loopback, bus_hosts(config, told))) else OPEN_LINKS
 
 
-def bus_host(config: Config) -> str:
-    """The host part of the bus's url; where `fallow up` listens when there is none."""
-    from urllib.parse import urlsplit
+def bus_hosts(config: Config, told: tuple[str, ...]) -> tuple[str, ...]:
+    """Where the bus is, as `bus_urls` has it, and where `fallow up` has it listen.
 
-    if config.bus.url is None:
-        return config.bus.host
-    return urlsplit(config.bus.url).hostname or ""
+    `fallow up --host 0.0.0.0` reaches its own bus on loopback, but others must reach its devices and its store.
+    """
+    urls = told if config.bus.url is None else (config.bus.url,)
+    return (*(urlsplit(url).hostname or "" for url in urls), config.bus.host)
 
 
 def is_loopback(host: str) -> bool:
@@ -149,11 +152,16 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-async def open_links(config: Config, who: Identity, chosen: str | None, bus: Bus, cell: str) -> LinkEndpoint:
-    """The presence on the data fabric. Raises `ConfigError` for an address that cannot be listened on."""
+async def open_links(
+    config: Config, who: Identity, chosen: str | None, bus: Bus, cell: str, told: tuple[str, ...]
+) -> LinkEndpoint:
+    """The presence on the data fabric; `chosen` and `told` as `link_address` has them.
+
+    Raises `ConfigError` for an address that cannot be listened on.
+    """
     from fallow.fabric.endpoint import open_endpoint
 
-    host, port = split_address(link_address(config, chosen))
+    host, port = split_address(link_address(config, chosen, told))
     if config.trust.insecure_development and not is_loopback(host):
         raise ConfigError(f"The insecure development mode takes links on loopback only, not on {host!r}.")
     return await open_endpoint(

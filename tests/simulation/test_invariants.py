@@ -168,11 +168,11 @@ def test_queues_that_are_too_long_are_named(changes: dict[str, Any]) -> None:
 
 
 def test_a_chain_that_heeds_no_bound_runs_ahead_of_its_gateway(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its gateway's rows come late, and the first stage goes on without them."""
+    """Its gateway's tokens come late, and the first stage goes on without them."""
     confirm = Told.confirm
 
-    def late(self: Told[Any], rows: Rows, payload: Any) -> bool:
-        return rows.phase is Phase.DECODE or confirm(self, rows, payload)
+    def late(self: Told[Any], rows: Rows, payload: Any) -> int | None:
+        return None if rows.phase is Phase.DECODE else confirm(self, rows, payload)
 
     monkeypatch.setattr(Told, "confirm", late)
     monkeypatch.setattr("fallow.node.running_ahead.AHEAD_ROWS", 1 << 30)

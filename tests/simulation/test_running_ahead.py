@@ -152,9 +152,12 @@ def test_a_chain_whose_gateway_falls_silent_stops(hosted: Sequence[Sequence[Span
     assert tokens == expected
 
 
+@pytest.mark.parametrize("router_s", [0.0, 0.5])
+@pytest.mark.parametrize("client_s", [0.0, 0.3])
 def test_a_chain_that_goes_on_with_other_tokens_is_taken_back_and_then_waits(
-    monkeypatch: pytest.MonkeyPatch, expected: list[int]
+    monkeypatch: pytest.MonkeyPatch, expected: list[int], router_s: float, client_s: float
 ) -> None:
+    """Whether what it computed from them comes before the gateway has chosen, or while it asks for a chain."""
     choose = drawing.choose
 
     def otherwise(ids: Any, logits: Any, recipe: Recipe, nth: int) -> int:
@@ -164,7 +167,21 @@ def test_a_chain_that_goes_on_with_other_tokens_is_taken_back_and_then_waits(
 
     async def program(fleet: Fleet) -> tuple[list[int], int]:
         chain = fleet.chain()
-        return await generate(chain, PROMPT, COUNT), chain.repairs
+        route = fleet.route
+
+        async def asked(*args: Any) -> Any:
+            await asyncio.sleep(router_s)
+            return await route(*args)
+
+        monkeypatch.setattr(fleet, "route", asked)
+        await chain.establish(leave=greedy(PROMPT, COUNT))
+        candidates = await chain.advance(PROMPT, Phase.PREFILL)
+        tokens = [int(candidates.ids[0])]
+        while len(tokens) < COUNT:
+            await asyncio.sleep(client_s)
+            candidates = await chain.advance((tokens[-1],), Phase.DECODE)
+            tokens.append(int(candidates.ids[0]))
+        return tokens, chain.repairs
 
     for hosted in (((WHOLE,),), ((A,), (B,), (C,))):
         assert run(program, *hosted) == (expected, MISSES_MAX)

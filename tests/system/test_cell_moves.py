@@ -1,7 +1,7 @@
 """A device changes its cell, and all is real but its engine: registrar, passports, bus rights, lease, signed digests.
 
 What is shown: its cell dissolves, the registrar gives it a passport for the other one, and it works there under the
-same key and membership.
+same key and membership. It takes links where the bus is by then, which no settings tell it.
 """
 
 import asyncio
@@ -24,6 +24,7 @@ from fallow.processes.device_life import Lodging, Ways, live
 from fallow.processes.lifetime import Stop
 from fallow.processes.party import Newcomer, Party, take_part
 from fallow.trust.registrar.consent import Lent
+from fallow.trust.registrar.state import read_places, write_places
 from tests.system.test_enrolment import START_LIMIT_S, Network, network, run, until
 
 CLOCK = wiring.clock()
@@ -75,7 +76,8 @@ def test_a_device_whose_cell_dissolves_works_in_the_other_under_its_own_key(tmp_
             anchored, _ = await lodging(boat, tmp_path / "boat", fabric)
             await anchored.start()
             desk, folder = await joined(home, tmp_path / "desk", Role.NODE, "home"), tmp_path / "desk"
-            key, comings = desk.who.node, list[str]()
+            key, comings, places = desk.who.node, list[tuple[str, str]](), read_places(home.state.paths)
+            far = msgspec.structs.replace(places, bus_urls=(*places.bus_urls, "tls://192.0.2.7:4222"))
 
             async def join(_: str) -> Party:
                 return await take_part(Config(state_dir=folder), folder, newcomer(folder, Role.NODE), told.append)
@@ -85,12 +87,13 @@ def test_a_device_whose_cell_dissolves_works_in_the_other_under_its_own_key(tmp_
 
             def greet(by: Party) -> None:
                 assert by.who.node == key
-                comings.append(by.cell)
+                comings.append((by.cell, wiring.link_address(Config(state_dir=folder), None, by.bus_urls)))
+                write_places(home.state.paths, far)
 
             ways = Ways(join, lambda by: lodging(by, folder, fabric), watch, greet)
             life = asyncio.get_running_loop().create_task(live(desk, ways, stop, CLOCK, random.Random(1), told.append))
             await until(lambda: working(leaders["port"]) == {"boat", "desk"}, START_LIMIT_S)
-            assert comings == ["home", "port"]
+            assert comings == [("home", wiring.LOOPBACK_LINKS), ("port", wiring.OPEN_LINKS)]
             assert working(leaders["home"]) == set()
             size = leaders["home"].status().size
             assert size is not None and size.dissolves_into == "port"

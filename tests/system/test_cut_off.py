@@ -1,7 +1,8 @@
 """A device of a running chain loses its network: no broken connection tells of it, only silence. The answer goes on.
 
-Every device is in a network namespace of its own, with encrypted links over UDP between them; a device is cut off by
-taking its port off the bridge. It comes back when the port does, and serves again.
+Every device is in a network namespace of its own, and joins by an invitation alone. Between them are encrypted links
+over UDP and nothing else: where a link cannot be made, no chain is. A device is cut off by taking its port off the
+bridge. It comes back when the port does, and serves again.
 """
 
 import time
@@ -26,7 +27,7 @@ CHAIN_LIMIT_S = 20.0
 STALL_LIMIT_S = 15.0
 SILENCE_MIN_S = 1.0
 """Silence is not noticed sooner; a shorter pause would mean that something told of the loss."""
-UDP_ONLY = "[links]\nlocal_sockets = false\n"
+UDP_ONLY = '[links]\nlocal_sockets = false\nrelay = "never"\n'
 TELL = "Tell a long story about a lighthouse keeper and the sea."
 PLACES = {"first": 0, "last": -1}
 KEYS = {name: new_key() for name in ("calm", *PLACES)}
@@ -40,11 +41,9 @@ def laboratory() -> Iterator[Laboratory]:
 
 @pytest.fixture(scope="module")
 def fleet(tmp_path_factory: pytest.TempPathFactory, store: Path, laboratory: Laboratory) -> Iterator[LocalService]:
-    """`fallow up` in the hub, a device in each namespace, no Unix sockets between them."""
+    """`fallow up` in the hub, a device in each namespace, no Unix sockets and no relay between them."""
     keys = "\n".join(f'[[gateway.keys]]\nid = "{name}"\nsha256 = "{digest}"' for name, (_, digest) in KEYS.items())
-    settings = (
-        f'[placement]\nmax_share = 0.7\n\n[links]\nlocal_sockets = false\n\n[bus]\nhost = "{HUB_ADDRESS}"\n\n{keys}'
-    )
+    settings = f'[placement]\nmax_share = 0.7\n\n{UDP_ONLY}\n[bus]\nhost = "{HUB_ADDRESS}"\n\n{keys}'
     made = service(tmp_path_factory.mktemp("cut-off"), store, "--nodes", "0", settings=settings)
     running = laboratory.inside(None, made.__enter__)
     device_file = running.folder / "device.toml"

@@ -135,6 +135,8 @@ class StageState(Header, frozen=True, kw_only=True, tag="stage_state"):
     """First position whose output rows this stage still keeps; equals `position` when it keeps none."""
     flowed_epoch: int
     """Epoch of the last `Flow` that it carried out, 0 for none: rewinds of later epochs have not reached it."""
+    confirmed: int | None = None
+    """Of a first stage that ran ahead: so many rows at most rest on tokens that the gateway sent."""
 
 
 class Refused(Header, frozen=True, kw_only=True, tag="refused"):
@@ -255,6 +257,8 @@ class Fault(Header, frozen=True, kw_only=True, tag="fault"):
     message: str
     suspect: NodeId | None = None
     """The device believed to be at fault, when it is not the sender."""
+    void_from: int | None = None
+    """With `MISLED`: the position of the first token that differs. Rows from there on are void."""
 
 
 # --- model files --------------------------------------------------------------------------------

@@ -157,6 +157,8 @@ _FIELDS: Final[dict[str, Check]] = {
     "rewind_to": _optional(_position),
     "ahead": _optional(_ahead),
     "ahead_from": _optional(_node),
+    "confirmed": _optional(_position),
+    "void_from": _optional(_position),
     "chosen": _optional(_within(0, MAX_POSITION)),
     "count": _within(1, MAX_ROWS_PER_FRAME),
     "logits_from": _within(0, MAX_POSITION),

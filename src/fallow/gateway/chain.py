@@ -45,18 +45,16 @@ from fallow.gateway.flows import describe, flows, layers_anew, layers_on, left_b
 from fallow.gateway.lost_devices import Avoided
 from fallow.gateway.marks import Marks
 from fallow.gateway.opening import AVOID_ENGINE_S, AVOID_S, OPEN_TIMEOUT_S, Answers, GrantsRefused
-from fallow.gateway.ownership import Owner, Superseded
+from fallow.gateway.ownership import Owner, Room, Superseded
 from fallow.gateway.progress import AVOID_STALLED_S, STALLS_MAX, STALLS_OF_ALL, STALLS_OF_SOMEBODY, Progress
 from fallow.gateway.results import ReadResult, last_candidates
-from fallow.gateway.running_ahead import DOUBTED_ROWS, Leave, RunningAhead
+from fallow.gateway.running_ahead import MISSED, Leave, RunningAhead
 from fallow.gateway.sending import Unreached, reach, send
 from fallow.gateway.waker import Waker
 from fallow.policy.recovery import first_behind, plan_recovery
 
 REPAIR_TIMEOUT_S = 30.0
 REPAIR_RETRY_S = 0.1
-ROOM_HEARD_S = 1.2
-"""When the coordinator has heard of room that was made: devices report once a second."""
 
 log = logging.getLogger(__name__)
 
@@ -109,7 +107,7 @@ class Chain:
         self._progress = Progress(clock)
         self._behind: NodeId | None = None
         """Who held the chain up when it was asked last."""
-        self._room_heard_s = 0.0
+        self._room = Room(clock)
 
     # --- what its owner asks -------------------------------------------------------------------
 
@@ -154,7 +152,7 @@ class Chain:
         """Add tokens, each with the phase that it is computed in; `settle` computes them."""
         for token in tokens:
             if self.ahead.differs(len(self.tokens), token):
-                self._take_back(len(self.tokens))
+                self._take_back(len(self.tokens), MISSED)
             self.tokens.append(token)
         self._phases.extend(phases)
         if tokens:
@@ -178,10 +176,8 @@ class Chain:
                 await self._waker.sleep()
 
     def ask_for_room(self) -> None:
-        """Have the owner free what this chain needs; not again before the coordinator has heard of it."""
-        now_s = self._clock.monotonic_s()
-        if now_s >= self._room_heard_s and self._owner.make_room(self.reserve_tokens):
-            self._room_heard_s = now_s + ROOM_HEARD_S
+        """Have the owner free what this chain needs."""
+        self._room.ask(self._owner, self.reserve_tokens)
 
     def close(self) -> None:
         """Free the session everywhere. Idempotent."""
@@ -210,7 +206,7 @@ class Chain:
         """A frame about this session. Only stages of the present chain are believed."""
         header = frame.header
         if isinstance(header, Result):
-            if (peer, header.session) in self.stages()[-1:] and header.epoch == self._epoch:
+            if (peer, header.session) in self.stages()[-1:] and header.epoch == self._epoch != self._marks.void_epoch:
                 self._on_result(header, frame.payload)
         elif isinstance(header, StageState | Refused):
             if self._answers.take(peer, header):
@@ -221,7 +217,9 @@ class Chain:
     def _on_fault(self, peer: NodeId, fault: Fault) -> None:
         if fault.code == LEAVING and not self.broken and self._owner.leaving(self, peer):
             return
-        if fault.epoch != self._epoch and fault.code not in (LEAVING, EngineLost.code):
+        if fault.code == MISLED and fault.void_from is not None and (peer, fault.session) == self.stages()[0]:
+            self._take_back(fault.void_from, f"{fault.code}: {fault.message}")
+        elif fault.epoch != self._epoch and fault.code not in (LEAVING, EngineLost.code):
             return
         # `leaving` and its like are about the sender; otherwise the sender says whom it suspects.
         suspect: NodeId | None = peer if fault.suspect is None else fault.suspect
@@ -229,8 +227,6 @@ class Chain:
             suspect = None if self.broken else self._grants_refused.blame(peer)
         avoid_s = AVOID_ENGINE_S if fault.code == EngineLost.code else AVOID_S
         self.in_trouble(f"{fault.code}: {fault.message}", suspect, avoid_s)
-        if fault.code == MISLED:
-            self._take_back(max(0, len(self.tokens) - DOUBTED_ROWS))
 
     def in_trouble(self, reason: str, suspect: NodeId | None, avoid_s: float = AVOID_S) -> None:
         """Note that the chain needs repair, and whom to avoid."""
@@ -240,12 +236,12 @@ class Chain:
         self.broken = True
         self._waker.wake()
 
-    def _take_back(self, position: int) -> None:
+    def _take_back(self, position: int, reason: str) -> None:
         """The chain went on with another token than the one at `position`: what it computed from there on is void."""
-        self._marks.cut(self._epoch + 1, position)
+        self._marks.take_back(self._epoch, position)
         self._candidates = None
         self.ahead.missed()
-        self.in_trouble("it ran ahead with another token", None)
+        self.in_trouble(reason, None)
 
     def avoid(self, node: NodeId, avoid_s: float = AVOID_S) -> None:
         """Open nothing on a device for a while."""
@@ -260,11 +256,13 @@ class Chain:
 
     def _on_result(self, header: Result, payload: bytes | bytearray | memoryview) -> None:
         end = header.position + header.count
+        if end <= self._marks.received:
+            return
         self.ahead.note(header, payload, len(self.tokens))
-        if end <= self._marks.received or end > len(self.tokens):
+        if end > len(self.tokens):
             return
         if end < len(self.tokens) and self.ahead.differs(end, self.tokens[end]):
-            self._take_back(end)
+            self._take_back(end, MISSED)
             return
         if end == len(self.tokens):
             candidates = self._read(header, payload) if header.logit_count else None
@@ -342,6 +340,7 @@ class Chain:
 
     async def _connect(self, keep: Sequence[Hop]) -> int:
         """Route, open every stage, plan, and let rows flow. How many layers have rows to compute anew."""
+        self._marks.cut(self._epoch + 1, self._marks.fed_once)  # also for who is away now and comes back later
         avoided = self._avoided.now()
         hops = await self._router.route(self.model, self.session, self.reserve_tokens, avoided, keep, len(self.tokens))
         if self._avoided.now().isdisjoint(hop.address.node for hop in hops):
@@ -355,6 +354,7 @@ class Chain:
         self.ahead.forget()
         states = await self._open_stages(hops)
         self._behind = hops[first_behind(self._marks.fed, [state.position for state in states])].address.node
+        self._marks.confirm(self._epoch, states[0].confirmed)
         stages = positions(states, self._marks.fed_once, self._marks.rewinds)
         plan = plan_recovery(self._marks.received, stages)
         told = flows(self.session, self._epoch, hops, plan, self._marks.received, self.ahead.told(self.session, hops))

@@ -1,11 +1,16 @@
 """What a chain asks of who owns it: things that concern more than its own conversation."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
+from fallow.domain.clock import Clock
 from fallow.domain.ids import NodeId
 
 if TYPE_CHECKING:
     from fallow.gateway.chain import Chain
+
+
+ROOM_HEARD_S: Final = 1.2
+"""When the coordinator has heard of room that was made: devices report once a second."""
 
 
 class Superseded(Exception):
@@ -33,3 +38,17 @@ class Owner:
 
     def require_working(self) -> None:
         """Raises `NotWorking` when this gateway may not work: waiting would not help."""
+
+
+class Room:
+    """Room on devices for one chain: its owner is not asked again before the coordinator has heard of what was made."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._heard_s = 0.0
+
+    def ask(self, owner: Owner, tokens: int) -> None:
+        """Have some made."""
+        now_s = self._clock.monotonic_s()
+        if now_s >= self._heard_s and owner.make_room(tokens):
+            self._heard_s = now_s + ROOM_HEARD_S

@@ -22,9 +22,7 @@ from fallow.gateway.flows import stage_of
 from fallow.gateway.results import Payload
 
 MISSES_MAX: Final = 2
-DOUBTED_ROWS: Final = 3 * AHEAD_ROWS
-"""How many of the newest rows may rest on a token that the first stage was told and the gateway did not choose: what
-was computed before that was noticed, what came early meanwhile, and as much again."""
+MISSED: Final = "it ran ahead with another token"
 
 
 class Leave(msgspec.Struct, frozen=True, kw_only=True):
@@ -39,7 +37,7 @@ class Leave(msgspec.Struct, frozen=True, kw_only=True):
 def leave_for(recipe: Recipe, top_k: int | None, prompt: int, total: int, ends: Sequence[int]) -> Leave | None:
     """For an answer of `total - prompt` tokens at most, of which the last one is chosen and never computed. `top_k`:
     how many candidates there are; a chain does not choose from whole vocabularies."""
-    if top_k is None:
+    if top_k is None or total - 1 <= prompt:
         return None
     if recipe.top_k is not None and recipe.top_k >= top_k:
         recipe = msgspec.structs.replace(recipe, top_k=None)
@@ -50,33 +48,44 @@ class RunningAhead:
     """Of one chain and one answer."""
 
     def __init__(self, leave: Leave | None = None) -> None:
-        self.leave = leave
+        self._leave = leave
         self._misses = 0
+        self._given = False
+        """Whether the chain, as it was opened last, may run ahead."""
         self._chosen: dict[int, int] = {}
         """By position."""
         self._early: dict[int, tuple[Result, Payload]] = {}
         """By the position that the result leads up to."""
 
     def told(self, session: SessionId, hops: Sequence[Hop]) -> Ahead | None:
-        """What the last stage of a chain is told."""
-        if self.leave is None or self._misses >= MISSES_MAX:
+        """What the last stage of a chain is told, now that it is opened."""
+        leave = self.leave
+        self._given = leave is not None
+        if leave is None:
             return None
         _, first_session = stage_of(session, hops[0])
         return Ahead(
             first=hops[0].address,
             first_session=first_session,
-            recipe=self.leave.recipe,
-            drawn_from=self.leave.drawn_from,
-            until=self.leave.until,
-            ends=self.leave.ends,
+            recipe=leave.recipe,
+            drawn_from=leave.drawn_from,
+            until=leave.until,
+            ends=leave.ends,
         )
 
+    @property
+    def leave(self) -> Leave | None:
+        """What a chain may run ahead with that is opened now."""
+        return None if self._misses >= MISSES_MAX else self._leave
+
     def note(self, result: Result, payload: Payload, tokens: int) -> None:
-        """A result came, of a conversation with so many tokens. It is kept when it is early, and not too early."""
+        """A new result came, of a conversation with so many tokens. It is kept when it is early, and not too early."""
         end = result.position + result.count
-        if result.chosen is not None and end <= tokens + AHEAD_ROWS:
+        if not self._given or self._leave is None or end < self._leave.drawn_from or end > tokens + AHEAD_ROWS:
+            return
+        if result.chosen is not None and result.logit_count:
             self._chosen[end] = result.chosen
-        if tokens < end <= tokens + AHEAD_ROWS and result.k is not None:
+        if end > tokens and result.count == result.logit_count == 1 and len(payload) == _row_bytes(result):
             self._early[end] = result, payload
 
     def differs(self, position: int, token: int) -> bool:
@@ -90,10 +99,17 @@ class RunningAhead:
         return self._early.pop(tokens, None)
 
     def missed(self) -> None:
-        """The chain went on with another token."""
+        """The chain went on with another token, and all that came since is void."""
         self._misses += 1
+        self.forget()
 
     def forget(self) -> None:
-        """The chain is opened again, and told anew."""
+        """The chain is to be opened again, or to rest."""
+        self._given = False
         self._chosen.clear()
         self._early.clear()
+
+
+def _row_bytes(result: Result) -> int | None:
+    """How large the payload of a single row is."""
+    return None if result.k is None else 8 * result.k

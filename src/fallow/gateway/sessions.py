@@ -30,7 +30,7 @@ from fallow.domain.errors import (
     UnknownModel,
 )
 from fallow.domain.fleet import Catalogue, GatewayReport, NodeGone, Subjects
-from fallow.domain.frames import Fault, Frame, Phase, Refused, Result, StageState
+from fallow.domain.frames import LEAVING, CloseSession, Fault, Frame, Phase, Refused, Result, StageState
 from fallow.domain.ids import VISITS_MAX, Digest, NodeId, SessionId, at_visit
 from fallow.domain.model import Manifest
 from fallow.domain.sampling import Recipe
@@ -264,6 +264,7 @@ class FleetTokenSource:
         self._live.pop(chain.session, None)
         self.repairs += chain.repairs
         chain.repairs = 0
+        chain.ahead.forget()
         moving = self.moves.end(chain)
         if not keep or moving or chain.broken or not chain.hops:
             chain.close()
@@ -287,6 +288,8 @@ class FleetTokenSource:
                     self._accusations.note(chain.nodes(), header.suspect or peer, peer)
                 chain.on_frame(peer, frame)
             elif isinstance(header, Fault):
+                if header.code == LEAVING:  # it waits for sessions to go that are no one's any more
+                    self._peers.post(peer, Frame(CloseSession(session=header.session)))
                 self._kept.forget(lambda chain: (peer, header.session) in chain.stages())
 
     def _live_chain(self, stage: SessionId) -> Chain | None:

@@ -12,7 +12,9 @@ A chain that nobody confirms therefore stops by itself. Values only; frames and 
 """
 
 from collections import deque
-from typing import Generic, TypeVar
+from typing import Final, Generic, TypeVar
+
+import msgspec
 
 from fallow.domain.frames import AHEAD_ROWS, Ahead, Phase, Rows
 from fallow.engine.contract import Drawn, Step, Stepped
@@ -20,6 +22,7 @@ from fallow.engine.drawing import drawn_token
 from fallow.node.activation_log import Buffer
 
 _T = TypeVar("_T")
+TOKEN_BYTES: Final = 4
 
 
 def next_rows(ahead: Ahead, epoch: int, step: Step, stepped: Stepped) -> tuple[Rows, bytes] | None:
@@ -39,39 +42,50 @@ def next_rows(ahead: Ahead, epoch: int, step: Step, stepped: Stepped) -> tuple[R
 
 
 class Told(Generic[_T]):
-    """What a first stage was told by the last, until the gateway says the same. `_T`: a frame that waits."""
+    """What a first stage was told by the last, until the gateway says the same. `_T`: a frame that waits.
+
+    Of what the last stage sent, position and token count alone; the rest of the row is the gateway's.
+    """
 
     def __init__(self, confirmed: int = 0) -> None:
         """`confirmed`: so many rows are the gateway's own."""
-        self._confirmed = confirmed
+        self.confirmed = confirmed
         self._tokens: deque[tuple[int, bytes]] = deque()
         self._early: tuple[int, _T] | None = None
+        self._top_k: int | None = None
 
-    def may_compute(self, rows: Rows, payload: Buffer, position: int, item: _T) -> bool:
-        """Whether the last stage's rows are the next to be computed, by a stage at `position`. What is too early is
-        kept for `due`; what is of no use is forgotten."""
-        if rows.count != 1 or rows.phase is not Phase.DECODE or rows.position != position:
-            return False
+    def next(self, rows: Rows, payload: Buffer, position: int, item: _T) -> Rows | None:
+        """The row to compute for what the last stage told, by a stage at `position`; `None` when it is not the next.
+        What is too early is kept for `due`; what is of no use, or the gateway has said itself, is forgotten."""
+        one = rows.count == 1 and len(payload) == TOKEN_BYTES and rows.phase is Phase.DECODE
+        if not one or rows.position != position or position < self.confirmed or self._top_k is None:
+            return None
         if self.beyond(position) >= AHEAD_ROWS:
             self._early = position, item
-            return False
+            return None
         self._tokens.append((position, bytes(payload)))
-        return True
+        return msgspec.structs.replace(rows, logits_from=position, top_k=self._top_k)
 
     def beyond(self, position: int) -> int:
         """How many rows a stage at `position` is beyond the gateway's."""
-        return position - self._confirmed
+        return position - self.confirmed
 
-    def confirm(self, rows: Rows, payload: Buffer) -> bool:
-        """The gateway's tokens from `rows.position` on. Whether they are what was computed, where that was before."""
+    def confirm(self, rows: Rows, payload: Buffer) -> int | None:
+        """The gateway's tokens from `rows.position` on, which may come more than once. Where they differ from what was
+        computed, the position of the first that does. After a gap they prove nothing."""
         end = rows.position + rows.count
-        self._confirmed = max(self._confirmed, end)
-        same = True
+        self._top_k = rows.top_k
+        if rows.position > self.confirmed:
+            return None
         while self._tokens and self._tokens[0][0] < end:
-            position, token = self._tokens.popleft()
-            at = 4 * (position - rows.position)
-            same = same and (at < 0 or token == bytes(payload[at : at + 4]))
-        return same
+            position, token = self._tokens[0]
+            at = TOKEN_BYTES * (position - rows.position)
+            if token != bytes(payload[at : at + TOKEN_BYTES]):
+                self.confirmed = position
+                return position
+            self._tokens.popleft()
+        self.confirmed = max(self.confirmed, end)
+        return None
 
     def due(self) -> _T | None:
         """What waited and need not any more."""

@@ -49,7 +49,9 @@ class Home(Protocol):
         """Answer an opening with no."""
         ...
 
-    def fault(self, session: Session, code: str, message: str, suspect: NodeId | None = None) -> None:
+    def fault(
+        self, session: Session, code: str, message: str, suspect: NodeId | None = None, void_from: int | None = None
+    ) -> None:
         """Tell a session's gateway what is wrong."""
         ...
 
@@ -139,6 +141,7 @@ class StagePump:
             position=session.position,
             log_start=log_start,
             flowed_epoch=session.flowed_epoch,
+            confirmed=session.confirmed,
         )
         await self._send_to_gateway(session, Frame(state))
 
@@ -153,8 +156,9 @@ class StagePump:
         if session.flow_pending is not flow:
             return
         session.starts(flow)
-        if flow.ahead is not None:
-            self._home.later(self._reach(flow.ahead.first))
+        if flow.ahead is not None and flow.next is None and not session.reaching:
+            session.reaching = True
+            self._home.later(self._reach(session, flow.ahead.first))
         if flow.next is None:
             return
         for rows in session.log.replay(flow.forward_from):
@@ -166,13 +170,13 @@ class StagePump:
         flow = session.flow
         assert flow is not None
         rows, payload = item.header, item.payload
+        suspect: NodeId | None = None
         if session.runs_ahead(item):
-            if not session.told.may_compute(rows, payload, session.position, item):
+            told = session.told.next(rows, payload, session.position, item) if session.allows_more else None
+            if told is None:
                 return
-        elif flow.ahead_from is not None and not session.told.confirm(rows, payload):
-            session.flow = None
-            message = "The last stage named another token than came."
-            self._home.fault(session, MISLED, message, suspect=flow.ahead_from)
+            rows, suspect = told, item.sender
+        elif self.misled(session, item):
             return
         skipped = session.position - rows.position
         if skipped >= rows.count:
@@ -207,7 +211,7 @@ class StagePump:
             raise
         except FallowError as error:
             session.flow = None if session.flow is flow else session.flow
-            self._home.fault(session, error.code, error.message)
+            self._home.fault(session, error.code, error.message, suspect=suspect)
             return
         session.position += count
         session.used_at_s = self._clock.monotonic_s()
@@ -242,6 +246,16 @@ class StagePump:
         following, session.following = session.following, None
         if following is not None:
             await following.undone(self._engine, session.engine_id, session.position)
+
+    def misled(self, session: Session, item: Waiting) -> bool:
+        """Whether rows of the gateway show that the last stage told something else; the gateway hears of it then."""
+        flow, position = session.flow, session.differs(item)
+        if flow is None or position is None:
+            return False
+        session.flow = None
+        message = "The last stage told another token than came."
+        self._home.fault(session, MISLED, message, suspect=flow.ahead_from, void_from=position)
+        return True
 
     def _may(self, session: Session, end: int, count: int) -> bool:
         """Count rows against the session's grant; end the session when it does not allow them."""
@@ -278,13 +292,15 @@ class StagePump:
             return None
         return int.from_bytes(told[1], "little")
 
-    async def _reach(self, first: PeerAddress) -> None:
+    async def _reach(self, session: Session, first: PeerAddress) -> None:
         """Have a link with the first stage. Without one, it waits for its gateway."""
         try:
             if first.node != self._peers.own:
                 await self._peers.connect(first)
         except FallowError as error:
             log.debug("the first stage, %s, cannot be told what comes next: %s", first.node[:8], error)
+        finally:
+            session.reaching = False
 
     async def _forward(self, session: Session, flow: Flow, rows: LoggedRows) -> None:
         assert flow.next is not None

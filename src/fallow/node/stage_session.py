@@ -17,7 +17,7 @@ from collections import Counter, deque
 from enum import StrEnum
 from typing import Final
 
-from fallow.domain.frames import Flow, OpenStage, Rows
+from fallow.domain.frames import AHEAD_ROWS, Flow, OpenStage, Rows
 from fallow.domain.ids import NodeId, SessionId
 from fallow.node.activation_log import ActivationLog, Buffer
 from fallow.node.allowance import Allowance
@@ -157,6 +157,11 @@ class Session:
         self.flowed_epoch = 0
         self.log = ActivationLog()
         self.told: Told[Waiting] = Told()
+        self._ran_ahead = False
+        self.reaching = False
+        """Whether a link with the first stage is being made."""
+        self._words: deque[Waiting] = deque(maxlen=AHEAD_ROWS + 1)
+        """What the last stage told this first one."""
         self.following: Following | None = None
         """What its engine was asked for before its row came."""
         self.admitted = False
@@ -176,7 +181,7 @@ class Session:
         self.epoch = epoch
         self.flow = None
         self.flow_pending = None
-        self.told = Told()
+        self._words.clear()
         self._drop_present()
         early, self._early = self._early, _Queue(self.gateway, self._budget)
         while (item := early.pop()) is not None:
@@ -189,6 +194,7 @@ class Session:
         self.flow = flow
         self.flowed_epoch = flow.epoch
         self.told = Told(self.position)
+        self._ran_ahead = flow.ahead_from is not None
 
     def hold(self, item: Waiting) -> Held:
         """Keep rows that arrived until their turn. Those of older epochs are ignored."""
@@ -196,6 +202,9 @@ class Session:
         flows = flow is not None and header.epoch == self.epoch
         if header.epoch < self.epoch or (flows and not self._feeds(item.sender, flow)):
             return Held.IGNORED
+        if self.runs_ahead(item):
+            self._words.append(item)
+            return Held.WAITS
         if len(item.payload) <= header.count * ROW_BYTES_MAX and self._place(item):
             return Held.WAITS
         return Held.TOO_MANY if flows else Held.IGNORED
@@ -210,11 +219,30 @@ class Session:
         while (item := self._present.pop()) is not None:
             if self._feeds(item.sender, self.flow):
                 return item
-        return None
+        return self._words.popleft() if self._words else None
+
+    @property
+    def confirmed(self) -> int | None:
+        """As in `StageState`."""
+        return min(self.told.confirmed, self.position) if self._ran_ahead else None
+
+    @property
+    def allows_more(self) -> bool:
+        """Whether the grant may allow another row."""
+        return self.position < self.allowance.tokens_max and self.allowance.rows_left > 0
+
+    def differs(self, item: Waiting) -> int | None:
+        """For rows of the gateway that came to a first stage: the position of a token that is another than the last
+        stage told, and that was computed."""
+        header, flow = item.header, self.flow
+        if flow is None or flow.ahead_from is None or header.epoch != self.epoch or item.sender != self.gateway:
+            return None
+        return self.told.confirm(header, item.payload)
 
     def runs_ahead(self, item: Waiting) -> bool:
         """Whether these rows are the last stage's word, before the gateway's."""
-        return self.flow is not None and self.flow.previous is None and item.sender != self.gateway
+        told = self.flow is not None and self.flow.previous is None and item.sender != self.gateway
+        return told and item.header.epoch == self.epoch
 
     def expiry(self, now_s: float) -> Expiry | None:
         """Why this session is to be ended now, if it is."""

@@ -1,8 +1,9 @@
 """Sessions on a node: which there are, what arrives for them, and how they end.
 
 Rules
-- A stage obeys the gateway that opened the session, takes rows only from the predecessor that the gateway named, and
-  decides nothing. What goes wrong it reports as a `Fault`; the gateway repairs the chain (`policy/recovery.py`).
+- A stage obeys the gateway that opened the session, takes rows only from the predecessor that the gateway named, or of
+  the last stage where the gateway said so (`running_ahead.py`), and decides nothing. What goes wrong it reports as a
+  `Fault`; the gateway repairs the chain (`policy/recovery.py`).
 - Only gateways open sessions, each with a grant for just that (`GrantBook`). What is computed is counted against it,
   and nothing is once it ran out, or while this device may not work (`Lease`).
 - Positions make rows idempotent and epochs fence them, as `domain/frames.py` says.
@@ -183,7 +184,10 @@ class StageRelay:
             else:
                 self._peers.post(peer, Frame(fault))
             return
-        held = session.hold(Waiting(peer, rows, payload))
+        item = Waiting(peer, rows, payload)
+        if self._pump.misled(session, item):
+            return
+        held = session.hold(item)
         if held is Held.TOO_MANY:
             self.fault(session, "position_mismatch", "More rows wait here than a device holds.", suspect=peer)
         if held is not Held.WAITS:
@@ -274,10 +278,14 @@ class StageRelay:
         """Answer an opening with no."""
         self._peers.post(peer, Frame(Refused(session=opening.session, epoch=opening.epoch, code=code, message=message)))
 
-    def fault(self, session: Session, code: str, message: str, suspect: NodeId | None = None) -> None:
+    def fault(
+        self, session: Session, code: str, message: str, suspect: NodeId | None = None, void_from: int | None = None
+    ) -> None:
         """Tell a session's gateway what is wrong."""
         log.info("session %s: %s: %s", session.id[:8], code, message)
-        header = Fault(session=session.id, epoch=session.epoch, code=code, message=message, suspect=suspect)
+        header = Fault(
+            session=session.id, epoch=session.epoch, code=code, message=message, suspect=suspect, void_from=void_from
+        )
         self._peers.post(session.gateway, Frame(header))
 
     def end(self, session: Session) -> None:

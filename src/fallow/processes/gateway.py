@@ -41,7 +41,7 @@ async def run(config: Config, parent_pid: int | None = None) -> None:
     newcomer = Newcomer(role=Role.GATEWAY, name=socket.gethostname() or "gateway")
     party = await take_part(config, config.state_dir / "gateway", newcomer, log.info)
     bus, subjects = party.bus, party.subjects
-    endpoint = await wiring.open_links(config, party.who, config.gateway.links, bus, party.cell)
+    endpoint = await wiring.open_links(config, party.who, config.gateway.links, bus, party.cell, party.bus_urls)
 
     def on_frame(peer: NodeId, frame: Frame) -> None:
         if not files.on_frame(peer, frame):

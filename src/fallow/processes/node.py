@@ -72,7 +72,7 @@ async def _run(config: Config, tell: Tell, agree: Agree, parent_pid: int | None)
 
 async def _lodge(party: Party, config: Config, memory: Memory, declared: Declared) -> Lodging:
     """What the device needs to lend in the party's cell."""
-    endpoint = await wiring.open_links(config, party.who, config.node.listen, party.bus, party.cell)
+    endpoint = await wiring.open_links(config, party.who, config.node.listen, party.bus, party.cell, party.bus_urls)
     agent = Agent(
         AgentConfig(
             cell=party.cell,

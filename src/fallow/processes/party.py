@@ -106,6 +106,11 @@ class Party:
     def lease(self) -> Lease:
         return self.node.lease
 
+    @property
+    def bus_urls(self) -> tuple[str, ...]:
+        """Where the registrar says, by now, that the bus is; none in the development mode."""
+        return () if self._member is None else self._member.places.bus_urls
+
     async def move(self, cell: str) -> None:
         """Belong to another cell from the next start on. Raises `RequestRefused`, `RegistrarUnavailable`."""
         if self._member is not None:
@@ -177,7 +182,7 @@ async def take_part(config: Config, folder: Path, newcomer: Newcomer, tell: Tell
 
 
 async def _believing_everybody(config: Config, folder: Path, opening: AsyncExitStack) -> Party:
-    for host in (wiring.bus_host(config), config.bus.host):
+    for host in wiring.bus_hosts(config, ()):
         if not wiring.is_loopback(host):
             raise ConfigError(f"The insecure development mode stays on loopback, and {host!r} is not.")
     who = wiring.identity(folder)

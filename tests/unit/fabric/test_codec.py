@@ -96,7 +96,15 @@ without_payload = st.one_of(
         ahead_from=st.none() | digests,
     ),
     st.builds(CloseSession, session=sessions),
-    st.builds(Fault, session=sessions, epoch=epochs, code=words, message=words, suspect=st.none() | digests),
+    st.builds(
+        Fault,
+        session=sessions,
+        epoch=epochs,
+        code=words,
+        message=words,
+        suspect=st.none() | digests,
+        void_from=st.none() | positions,
+    ),
     st.builds(FetchChunk, digest=digests, index=positions),
 )
 with_payload = st.one_of(

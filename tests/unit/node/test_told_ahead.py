@@ -2,6 +2,7 @@
 
 import struct
 
+import msgspec
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
@@ -103,28 +104,62 @@ def test_a_device_comes_to_the_tokens_that_the_gateway_chooses(
         assert told[1] == token(chosen)
 
 
+def heard(confirmed: int) -> Told[str]:
+    """Of a first stage that has its gateway's rows up to there."""
+    told: Told[str] = Told(confirmed - 1)
+    assert told.confirm(rows(confirmed - 1), token(0)) is None
+    return told
+
+
 def test_a_row_that_is_next_is_computed_and_others_are_forgotten() -> None:
-    told: Told[str] = Told(confirmed=20)
-    assert told.may_compute(rows(20), token(1), 20, "a")
-    assert not told.may_compute(rows(20), token(1), 21, "again")
-    assert not told.may_compute(rows(23), token(1), 21, "a gap")
-    assert not told.may_compute(rows(21, count=2), bytes(8), 21, "two")
-    assert not told.may_compute(rows(21, phase=Phase.PREFILL), token(1), 21, "a prompt's")
+    told = heard(20)
+    assert told.next(rows(20), token(1), 20, "a") is not None
+    assert told.next(rows(20), token(1), 21, "again") is None
+    assert told.next(rows(23), token(1), 21, "a gap") is None
+    assert told.next(rows(21, count=2), bytes(8), 21, "two") is None
+    assert told.next(rows(21), bytes(3), 21, "no token") is None
+    assert told.next(rows(21, phase=Phase.PREFILL), token(1), 21, "a prompt's") is None
     assert told.due() is None
+
+
+def test_before_the_gateway_has_said_anything_nothing_else_counts() -> None:
+    assert Told[str](20).next(rows(20), token(1), 20, "") is None
+
+
+def test_of_what_was_told_position_and_token_count_alone() -> None:
+    told = heard(20)
+    liars = msgspec.structs.replace(rows(20), logits_from=1 << 30, top_k=None)
+    row = told.next(liars, token(1), 20, "")
+    assert row is not None and (row.logits_from, row.top_k) == (20, 3)
+
+
+def test_what_the_gateway_has_said_itself_is_not_taken_from_anybody_else() -> None:
+    told = heard(20)
+    assert told.confirm(rows(20), token(5)) is None
+    assert told.next(rows(20), token(7), 20, "late") is None
+
+
+def test_after_a_gap_the_gateways_rows_prove_nothing() -> None:
+    told = heard(20)
+    assert told.next(rows(20), token(1), 20, "") is not None
+    assert told.confirm(rows(21), token(9)) is None
+    assert told.confirmed == 20
+    assert told.confirm(rows(20), token(2)) == 20
+    assert told.confirmed == 20
 
 
 def test_a_row_that_is_too_early_waits_for_the_gateways() -> None:
-    told: Told[str] = Told(confirmed=20)
+    told = heard(20)
     for position in range(20, 20 + AHEAD_ROWS):
-        assert told.may_compute(rows(position), token(position), position, "")
+        assert told.next(rows(position), token(position), position, "") is not None
     position = 20 + AHEAD_ROWS
-    assert not told.may_compute(rows(position), token(9), position, "early")
+    assert told.next(rows(position), token(9), position, "early") is None
     assert told.beyond(position) == AHEAD_ROWS
     assert told.due() is None
-    assert told.confirm(rows(20), token(20))
+    assert told.confirm(rows(20), token(20)) is None
     assert told.due() == "early"
     assert told.due() is None
-    assert told.may_compute(rows(position), token(9), position, "early")
+    assert told.next(rows(position), token(9), position, "early") is not None
 
 
 @given(st.integers(1, AHEAD_ROWS), st.integers(0, 3), st.data())
@@ -132,16 +167,16 @@ def test_the_gateways_word_is_compared_wherever_its_frames_begin_and_end(
     computed: int, before: int, data: st.DataObject
 ) -> None:
     """It may come in one frame or several, beginning below what was told."""
-    told: Told[str] = Told(confirmed=20)
+    told = heard(20)
     for position in range(20, 20 + computed):
-        assert told.may_compute(rows(position), token(position), position, "")
+        assert told.next(rows(position), token(position), position, "") is not None
     wrong = data.draw(st.none() | st.integers(20, 19 + computed))
     first = 20 - before
-    same = True
-    while first < 20 + computed:
+    found = None
+    while first < 20 + computed and found is None:
         count = data.draw(st.integers(1, 20 + computed - first))
         payload = b"".join(token(-1 if at == wrong else at) for at in range(first, first + count))
-        same = told.confirm(rows(first, count), payload) and same
+        found = told.confirm(rows(first, count), payload)
         first += count
-    assert same == (wrong is None)
-    assert told.beyond(20 + computed) == 0
+    assert found == wrong
+    assert told.confirmed == (20 + computed if wrong is None else wrong)

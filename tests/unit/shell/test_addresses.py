@@ -15,6 +15,9 @@ def config(**flags: object) -> Config:
     return load({name.replace("__", "."): value for name, value in flags.items()}, {}, file=None).config
 
 
+LOCAL_URL, FAR_URL = "tls://127.0.0.1:4222", "tls://192.0.2.7:4222"
+
+
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
@@ -27,8 +30,34 @@ def config(**flags: object) -> Config:
     ],
 )
 def test_links_listen_where_the_bus_is_reached(flags: dict[str, object], expected: str) -> None:
-    assert wiring.link_address(config(**flags), None) == expected
-    assert wiring.link_address(config(**flags), "10.0.0.1:7") == "10.0.0.1:7"
+    assert wiring.link_address(config(**flags), None, ()) == expected
+    assert wiring.link_address(config(**flags), "10.0.0.1:7", ()) == "10.0.0.1:7"
+
+
+@pytest.mark.parametrize(
+    ("told", "expected"),
+    [
+        ((LOCAL_URL,), wiring.LOOPBACK_LINKS),
+        (("tls://[::1]:4222", "tls://localhost:4222"), wiring.LOOPBACK_LINKS),
+        ((FAR_URL,), wiring.OPEN_LINKS),
+        (("tls://bus.example.org:4222",), wiring.OPEN_LINKS),
+        # Others come from afar, whoever is on the bus's own machine.
+        ((FAR_URL, LOCAL_URL), wiring.OPEN_LINKS),
+        ((LOCAL_URL, FAR_URL), wiring.OPEN_LINKS),
+    ],
+)
+def test_who_has_the_bus_from_the_registrar_listens_for_links_as_that_says(
+    told: tuple[str, ...], expected: str
+) -> None:
+    """A device that joined by an invitation has no bus in its settings."""
+    assert wiring.link_address(config(), None, told) == expected
+    assert wiring.link_address(config(), "10.0.0.1:7", told) == "10.0.0.1:7"
+
+
+def test_a_bus_in_the_settings_is_the_one_that_counts() -> None:
+    """It is the one that is joined."""
+    assert wiring.link_address(config(bus__url=LOCAL_URL), None, (FAR_URL,)) == wiring.LOOPBACK_LINKS
+    assert wiring.link_address(config(bus__url=FAR_URL), None, (LOCAL_URL,)) == wiring.OPEN_LINKS
 
 
 @pytest.mark.parametrize("text", ["7000", "host", ":7000", "0.0.0.0:", "0.0.0.0:seven", "0.0.0.0:70000", "0.0.0.0:²"])
