@@ -418,3 +418,17 @@ def test_a_renewal_that_comes_back_as_garbage_is_tried_again(tmp_path: Path, cap
     with_fleet(tmp_path, test)
     gc.collect()
     assert not [record for record in caplog.records if record.name == "asyncio"]
+
+
+def test_a_device_that_leaves_does_not_wait_for_sessions_that_nobody_knows(tmp_path: Path) -> None:
+    """Its gateway let one go, and the word of it was lost."""
+
+    async def program(fleet: Fleet, source: FleetTokenSource, model: Digest) -> None:
+        await source.open(model, PROMPT, 10, 4, "alice")
+        source._live.clear()
+        assert [node.relay.session_count for node in fleet.nodes] == [1, 1, 1]
+        fleet.nodes[1].relay.drain()
+        await asyncio.sleep(0.1)
+        assert [node.relay.session_count for node in fleet.nodes] == [1, 0, 1]
+
+    with_fleet(tmp_path, program)
