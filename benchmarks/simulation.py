@@ -4,6 +4,7 @@
     python benchmarks/simulation.py trouble       the same, with partitions and coordinators that are killed
     python benchmarks/simulation.py thousand      1,000 devices for an hour
     python benchmarks/simulation.py all
+    python benchmarks/simulation.py churn --priority 1    for every answer, another chain stands by
 
 Every figure is of simulated time but the last column. `stalls`: of the answers that lost a device; `of all`: their p95
 where every other answer counts as 0. The goals: no lost or altered answer, stalls of at most 2 s (p95, of those that
@@ -18,6 +19,7 @@ from pathlib import Path
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # as `fallow sim run` does, before numpy is imported
 
+import msgspec
 from rich.console import Console
 from rich.table import Table
 
@@ -107,6 +109,7 @@ def main() -> int:
     parser.add_argument("which", choices=[*SCENARIOS, "all"])
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--hours", type=float, help="simulate so long instead")
+    parser.add_argument("--priority", type=float, default=0.0, help="for this share of answers, another chain stands by")
     arguments = parser.parse_args()
     table = Table(
         "run", "fleet", "sessions", "refused", "lost / altered", "stalls", "of all", "broken", "steps", "wall time"
@@ -114,10 +117,13 @@ def main() -> int:
     missed: list[str] = []
     for name in SCENARIOS if arguments.which == "all" else [arguments.which]:
         scenario = SCENARIOS[name](**({} if arguments.hours is None else {"hours": arguments.hours}))
+        traffic = msgspec.structs.replace(scenario.traffic, priority_share=arguments.priority)
+        scenario = msgspec.structs.replace(scenario, traffic=traffic)
         began_s = time.process_time()
         result = run_detailed(scenario, arguments.seed)
-        write_result(result, RESULTS / f"simulation-{name}.json")
-        table.add_row(*row(name, result, time.process_time() - began_s))
+        label = f"{name}-priority" if arguments.priority else name
+        write_result(result, RESULTS / f"simulation-{label}.json")
+        table.add_row(*row(label, result, time.process_time() - began_s))
         missed += [f"{name}: {each}" for each in misses(result)]
         for broken in result.breakages:
             least = "never" if broken.least_mend_s is None else f"{broken.least_mend_s:.1f} s after noticing"

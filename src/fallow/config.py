@@ -14,7 +14,6 @@ It opens nothing but the file, and looks at no hardware: what `None` means is de
 """
 
 import os
-import re
 import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -24,7 +23,9 @@ import msgspec
 import platformdirs
 
 from fallow.domain.errors import ConfigError
+from fallow.domain.service import Standby
 from fallow.policy.rate_limit import KeyLimits
+from fallow.sizes import parse_size
 
 ENV_PREFIX: Final = "FALLOW_"
 FILE_NAME: Final = "fallow.toml"
@@ -32,7 +33,6 @@ FILE_MAX_BYTES: Final = 1 << 20
 LIST_SEPARATOR: Final = ";"
 """Between the entries of a list that is given as text, in an environment variable or a flag."""
 KEYS_MAX: Final = 1_000
-SIZE_MAX_BYTES: Final = 1 << 80
 SECRET_SETTINGS: Final = frozenset({"bus.url", "bus.system_url", "gateway.keys", "trust.invitation"})
 """Never shown in full: urls may hold passwords, and whoever has an invitation can use it."""
 
@@ -95,6 +95,8 @@ class GatewayConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     """Answers that may be generated at once, however well the devices bear it."""
     run_ahead: bool = True
     """Devices go on with the token that the gateway is going to choose, before they hear of it."""
+    standby: Standby = Standby.PRIORITY
+    """For which answers another chain, of idle devices, stands by: `never`, `priority` (those that ask), `always`."""
 
 
 class PlacementConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -264,20 +266,6 @@ def _as_text(value: Any) -> str:
     if isinstance(value, tuple):
         return LIST_SEPARATOR.join(value)
     return str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def parse_size(text: str) -> int:
-    """Bytes in a size such as `2GiB`, `512 MiB` or `1e9`. Raises `ValueError`."""
-    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?(?:e[0-9]+)?)\s*([KMGT]i?B?|B)?\s*", text, re.IGNORECASE)
-    if match is None:
-        raise ValueError(f"expected a size such as 512MiB or 2GiB, got {text!r}")
-    unit = (match[2] or "B").upper()
-    exponent = "BKMGT".index(unit[0])
-    base = 1024 if "I" in unit or unit in "KMGT" else 1000
-    size = float(match[1]) * base**exponent
-    if size >= SIZE_MAX_BYTES:
-        raise ValueError(f"expected a size below {SIZE_MAX_BYTES} bytes, got {text!r}")
-    return int(size)
 
 
 def _walk(struct: type[msgspec.Struct], prefix: str) -> Iterator[tuple[str, Any]]:

@@ -175,7 +175,7 @@ class Gateway:
 
     async def route(
         self, model: Digest, session: SessionId, reserve_tokens: int, exclude: frozenset[NodeId], keep: Sequence[Hop],
-        rebuild_tokens: int,
+        rebuild_tokens: int, spare: bool = False,
     ) -> tuple[Hop, ...]:  # fmt: skip
         request = RouteRequest(
             model=model, session=session, reserve_tokens=reserve_tokens, exclude=tuple(exclude), keep=tuple(keep)

@@ -178,7 +178,7 @@ class Fleet:
 
     async def route(
         self, model: Digest, session: SessionId, reserve_tokens: int, exclude: frozenset[NodeId], keep: Sequence[Hop],
-        rebuild_tokens: int,
+        rebuild_tokens: int, spare: bool = False,
     ) -> tuple[Hop, ...]:  # fmt: skip
         self.kept_spans.append(tuple(hop.span for hop in keep))
         if self.script:

@@ -78,7 +78,13 @@ def with_fleet(
             asked = msgspec.json.decode(message, type=RouteRequest)
             try:
                 hops = await fleet.route(
-                    asked.model, asked.session, 0, frozenset(asked.exclude), asked.keep, asked.rebuild_tokens
+                    asked.model,
+                    asked.session,
+                    0,
+                    frozenset(asked.exclude),
+                    asked.keep,
+                    asked.rebuild_tokens,
+                    asked.spare,
                 )
             except NoRoute as error:
                 return msgspec.json.encode(RouteReply(error=error.message))

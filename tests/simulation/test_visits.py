@@ -61,7 +61,7 @@ class CountingFleet(Fleet):
 
     async def route(
         self, model: Digest, session: SessionId, reserve_tokens: int, exclude: frozenset[NodeId], keep: Sequence[Hop],
-        rebuild_tokens: int = 0,
+        rebuild_tokens: int = 0, spare: bool = False,
     ) -> tuple[Hop, ...]:  # fmt: skip
         if self.script:
             return await super().route(model, session, reserve_tokens, exclude, keep, rebuild_tokens)

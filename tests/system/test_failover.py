@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
+import httpx
 import pytest
 
 from fallow.gateway.keys import new_key
@@ -27,7 +28,8 @@ TELL = "Tell a long story about a lighthouse keeper and the sea."
 LONG = " ".join(f"Fact {number}: the ship number {number} carried {number * 7 % 97} barrels." for number in range(80))
 QUESTIONS = {"decode": (TELL, 60), "prefill": (f"{LONG} Now tell a story about these ships.", 16)}
 KEYS = {
-    name: new_key() for name in ["calm-decode", "calm-prefill", "case-leave", *(f"case-{index}" for index in range(12))]
+    name: new_key()
+    for name in ["calm-decode", "calm-prefill", "case-leave", "case-standby", *(f"case-{index}" for index in range(12))]
 }
 CASES = [
     pytest.param(place, signal_number, phase, id=f"{place}-{signal_number.name}-{phase}")
@@ -149,3 +151,27 @@ def test_a_device_that_leaves_politely_takes_no_answer_with_it(fleet: LocalServi
     assert answer.error is None
     assert answer.text == calm["decode"].text
     assert answer.longest_gap_s < STALL_LIMIT_S[signal.SIGKILL]
+
+
+def test_the_chain_that_stands_by_takes_over(fleet: LocalService, calm: dict[str, Answer]) -> None:
+    """For a request of the tier `priority`; the devices of the first chain are killed, one of them."""
+    _wait_until_whole(fleet)
+
+    def standing_by(name: str) -> float:
+        lines = httpx.get(f"{fleet.api_url}/metrics", trust_env=False).text.splitlines()
+        return next(float(line.split()[1]) for line in lines if line.startswith(f"fallow_standby_{name} "))
+
+    killed: list[int] = []
+
+    def kill_once(answer: Answer) -> None:
+        if not killed and len(answer.pieces) >= 15 and standing_by("chains"):
+            killed.extend(_strike(fleet, "middle", signal.SIGKILL))
+
+    before = standing_by("takeovers_total")
+    answer = ask(fleet.api_url, TELL, 60, KEYS["case-standby"][0], kill_once, service_tier="priority")
+    assert killed
+    assert answer.error is None
+    assert answer.text == calm["decode"].text
+    assert answer.longest_gap_s < STALL_LIMIT_S[signal.SIGKILL]
+    assert standing_by("takeovers_total") == before + 1
+    assert standing_by("chains") == 0

@@ -218,6 +218,24 @@ def test_completion_streams() -> None:
     run(scenario())
 
 
+def test_the_tier_that_was_given_is_told_to_those_who_named_one() -> None:
+    async def scenario() -> None:
+        async with world() as here, client(here) as openai:
+            options = {"model": MODEL, "messages": HELLO, "max_tokens": 4}
+            told = {
+                tier: (await openai.chat.completions.create(**options, service_tier=tier)).service_tier
+                for tier in ("auto", "default", "flex", "priority")
+            }
+            unasked = await openai.chat.completions.create(**options)
+            stream = await openai.chat.completions.create(**options, service_tier="priority", stream=True)
+            chunks = [chunk async for chunk in stream]
+        assert told == {"auto": "default", "default": "default", "flex": "default", "priority": "priority"}
+        assert "service_tier" not in unasked.model_fields_set
+        assert {chunk.service_tier for chunk in chunks} == {"priority"}
+
+    run(scenario())
+
+
 def test_follow_up_turn_is_served_from_the_cache_of_its_own_key_only() -> None:
     async def scenario() -> None:
         async with world(saying("ok")) as here, client(here) as openai:

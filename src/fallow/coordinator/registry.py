@@ -348,6 +348,7 @@ def carrier_of(heartbeat: Heartbeat, model: Digest, layer_count: int) -> Carrier
         link_rtt_s=heartbeat.link_rtt_s,
         tokens_per_s=heartbeat.tokens_per_s,
         outlook=heartbeat.outlook,
+        region=heartbeat.region,
     )
 
 

@@ -5,6 +5,7 @@ Rules
 - A new session of such a model gets the best of a few drawn chains (`policy/routing_choice.py`), by draws seeded with
   the session: equal states give equal chains. Where no drawn chain has room, the best carriers of every edge are
   looked at. A repair, a small cell and one not weighed yet are searched exactly (`policy/routing.py`).
+- A chain that stands by for another gets idle devices (`policy/spares.py`), or none.
 - A chain that was given out counts against its carriers until their heartbeats show it, and a repair for as long as it
   is thought to take (`rebuilds.py`).
 
@@ -22,6 +23,7 @@ from fallow.domain.ids import Digest, NodeId
 from fallow.policy.routing import Carrier, ModelShape, RoutingRules, refusal, route
 from fallow.policy.routing_choice import choose, choose_widely
 from fallow.policy.routing_weights import Weights, weigh
+from fallow.policy.spares import apart
 
 SETTLE_MAX_S = 3.0
 """A session that has not opened its stages so long after its route has failed to."""
@@ -88,6 +90,18 @@ class Router:
         self, request: RouteRequest, shape: ModelShape, carriers: Mapping[NodeId, Carrier], now_s: float
     ) -> RouteReply:
         """A chain for a session by what is known now, or why there is none."""
+        if not request.spare:
+            return self._route(request, shape, carriers, now_s)
+        loaded = self._rebuilds.loaded(carriers.values(), self._visits.get(request.model, {}), now_s)
+        for among in apart(loaded, frozenset(request.exclude)):
+            reply = self._route(request, shape, {carrier.node: carrier for carrier in among}, now_s)
+            if reply.hops:
+                break
+        return reply
+
+    def _route(
+        self, request: RouteRequest, shape: ModelShape, carriers: Mapping[NodeId, Carrier], now_s: float
+    ) -> RouteReply:
         weights = self._weights.get(request.model)
         if weights is None or request.keep or request.rebuild_tokens or len(carriers) <= self._rules.exact_carriers_max:
             loaded = self._loaded(request, carriers, now_s)

@@ -334,7 +334,7 @@ class Coordinator:
         request = checks.gateway_request(subject, message)
         self._suspects.hear(request)
         entry = self.fleet.entries().get(request.model)
-        if entry is None or self._lease.standing is not Standing.WORKING:
+        if entry is None or request.spare or self._lease.standing is not Standing.WORKING:
             return msgspec.json.encode(self.route(request))
         return msgspec.json.encode(await self._neighbours.route(request, entry.config.layer_count))
 

@@ -217,6 +217,8 @@ class RouteRequest(msgspec.Struct, frozen=True, kw_only=True):
     """How many tokens newcomers must compute anew before the next one: a running answer waits for it."""
     accused: tuple[Accusation, ...] = ()
     """Whose numbers this gateway has seen refused since its last request, in any of its sessions."""
+    spare: bool = False
+    """For a chain that stands by for another one, which is among `exclude`: of idle devices, or not at all."""
 
 
 class RouteReply(msgspec.Struct, frozen=True, kw_only=True):

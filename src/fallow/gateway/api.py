@@ -22,6 +22,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fallow.domain.clock import Clock
 from fallow.domain.errors import BadRequest, ContextExceeded, KvExhausted
+from fallow.domain.service import ServiceTier
 from fallow.gateway.admission import Admission
 from fallow.gateway.contract import TokenSource
 from fallow.gateway.generation import ChoiceSpec, Chunk, Tally, generate, generate_all
@@ -248,6 +249,7 @@ class _Gateway:
                 top_logprobs=plan.top_logprobs,
                 owner=owner,
                 keep=index % plan.choices == 0,
+                tier=plan.tier or ServiceTier.DEFAULT,
             )
             choices.append(generate(self._source, prepared.model, spec, tally, emit, self._clock, self._door))
         await generate_all(choices)
@@ -331,6 +333,7 @@ class _Gateway:
             fingerprint=f"fp_{model.digest[:10]}",
             logprobs=plan.top_logprobs is not None,
             usage_in_stream=plan.usage_in_stream,
+            tier=msgspec.UNSET if plan.tier is None else self._source.tier(plan.tier),
         )
 
     def refused(self, error: BaseException, request_id: str) -> Problem:

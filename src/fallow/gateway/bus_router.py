@@ -38,7 +38,7 @@ class BusRouter:
 
     async def route(
         self, model: Digest, session: SessionId, reserve_tokens: int, exclude: frozenset[NodeId], keep: Sequence[Hop],
-        rebuild_tokens: int,
+        rebuild_tokens: int, spare: bool = False,
     ) -> tuple[Hop, ...]:  # fmt: skip
         """As `Router` says."""
         require_working(self._lease)
@@ -52,6 +52,7 @@ class BusRouter:
             origin=self._origin,
             rebuild_tokens=rebuild_tokens,
             accused=accused,
+            spare=spare,
         )
         answer = await self._questions.ask(self._subjects.route(self._origin), msgspec.json.encode(request))
         self._accusations.told(accused)

@@ -87,6 +87,8 @@ class Chain:
         """When its hops' grants came."""
         self.repairs = 0
         self.broken = False
+        self.stands_by_for: frozenset[NodeId] = frozenset()
+        """The devices of the chain in whose place it stands by, and whose losses it must outlive; none: it is used."""
         self._peers = peers
         self._router = router
         self._clock = clock
@@ -341,8 +343,10 @@ class Chain:
     async def _connect(self, keep: Sequence[Hop]) -> int:
         """Route, open every stage, plan, and let rows flow. How many layers have rows to compute anew."""
         self._marks.cut(self._epoch + 1, self._marks.fed_once)  # also for who is away now and comes back later
-        avoided = self._avoided.now()
-        hops = await self._router.route(self.model, self.session, self.reserve_tokens, avoided, keep, len(self.tokens))
+        avoided, spare = self._avoided.now() | self.stands_by_for, bool(self.stands_by_for)
+        hops = await self._router.route(
+            self.model, self.session, self.reserve_tokens, avoided, keep, len(self.tokens), spare
+        )
         if self._avoided.now().isdisjoint(hop.address.node for hop in hops):
             self._trouble = None  # what broke meanwhile is not part of the new chain
         for node, session in left_behind(self.session, self.hops, hops):
@@ -372,16 +376,11 @@ class Chain:
         opening = openings(self.session, self._epoch, hops, self.model, self.reserve_tokens)
         await asyncio.gather(*(self._open(hop.address, Frame(o)) for hop, o in zip(hops, opening, strict=True)))
         deadline_s = self._clock.monotonic_s() + OPEN_TIMEOUT_S
-        while not answers.complete and self._trouble is None:
-            remaining_s = deadline_s - self._clock.monotonic_s()
-            if remaining_s <= 0:
-                break
-            await self._waker.sleep(remaining_s)
+        while not answers.complete and self._trouble is None and (left_s := deadline_s - self._clock.monotonic_s()) > 0:
+            await self._waker.sleep(left_s)
         for node, _ in (opened := answers.opened()):
             self._require_device(node)
-        refusal = answers.refused()
-        if refusal is None and self._trouble is None:
-            refusal = answers.silent()
+        refusal = answers.refused() or (answers.silent() if self._trouble is None else None)
         if refusal is not None:
             suspect = self._grants_refused.blame(refusal.node) if refusal.code == GrantRefused.code else refusal.node
             self.in_trouble(refusal.message, suspect, refusal.avoid_s)

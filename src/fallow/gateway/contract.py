@@ -24,6 +24,7 @@ from fallow.domain.fleet import Hop
 from fallow.domain.ids import Digest, NodeId, SessionId
 from fallow.domain.model import Manifest
 from fallow.domain.sampling import Recipe
+from fallow.domain.service import ServiceTier
 
 Meanwhile = Callable[[], Awaitable[None]]
 """What is done while devices compute."""
@@ -51,9 +52,10 @@ class Router(Protocol):
 
     async def route(
         self, model: Digest, session: SessionId, reserve_tokens: int, exclude: frozenset[NodeId], keep: Sequence[Hop],
-        rebuild_tokens: int,
+        rebuild_tokens: int, spare: bool = False,
     ) -> tuple[Hop, ...]:  # fmt: skip
         """A chain that covers the model. `rebuild_tokens`: how many its newcomers must compute before the next one.
+        `spare`: as in `RouteRequest`.
 
         Raises `NoRoute`, also for an answer that cannot be read or is not signed; `KvExhausted`, `BusTimeout`,
         `BusUnavailable`; `NotWorking` when this gateway or the coordinator may not work; `GrantRefused` when the
@@ -92,6 +94,10 @@ class TokenSource(Protocol):
         """Models that can be asked for now."""
         ...
 
+    def tier(self, wanted: ServiceTier) -> ServiceTier:
+        """What answers are given of the tier that is asked for."""
+        ...
+
     async def open(
         self,
         model: Digest,
@@ -100,9 +106,11 @@ class TokenSource(Protocol):
         top_k: int | None,
         owner: str,
         recipe: Recipe | None = None,
+        tier: ServiceTier = ServiceTier.DEFAULT,
     ) -> Conversation:
         """Find a chain and reserve room. `owner` (an API key's id) scopes prefix reuse: no cache is shared across keys.
-        `recipe`: how every token is going to be chosen, when that can be told; devices then run ahead.
+        `recipe`: how every token is going to be chosen, when that can be told; devices then run ahead. `tier`: what is
+        done for it beyond that.
 
         Raises `UnknownModel`, `NoRoute`, `KvExhausted`, `ContextExceeded`.
         """

@@ -17,6 +17,7 @@ import msgspec
 
 from fallow.domain.clock import Clock
 from fallow.domain.errors import FallowError
+from fallow.domain.service import ServiceTier
 from fallow.gateway.contract import Conversation, TokenSource
 from fallow.gateway.detokenise import Detokeniser
 from fallow.gateway.sampling import HEAD_TOP_K, Sampler, SamplingParams, adjusts, needs_full_vocabulary, top_logprobs
@@ -68,6 +69,7 @@ class ChoiceSpec(msgspec.Struct, frozen=True, kw_only=True):
     owner: str
     keep: bool
     """Whether a follow-up turn may continue from this choice's cache."""
+    tier: ServiceTier = ServiceTier.DEFAULT
 
 
 class Tally:
@@ -102,7 +104,9 @@ async def generate(
     top_k = None if needs_full_vocabulary(spec.sampling) else HEAD_TOP_K
     sampler = Sampler(spec.sampling, spec.seed, spec.index)
     recipe = None if adjusts(spec.sampling) else sampler.recipe
-    conversation = await source.open(model.digest, spec.prompt, spec.max_new_tokens, top_k, spec.owner, recipe)
+    conversation = await source.open(
+        model.digest, spec.prompt, spec.max_new_tokens, top_k, spec.owner, recipe, spec.tier
+    )
     keep = False
     try:
         await _run(conversation, model, spec, sampler, tally, emit, clock, observer, started_s)

@@ -77,13 +77,14 @@ class CarefulRouter:
 
     async def route(
         self, model: Digest, session: SessionId, reserve_tokens: int, exclude: frozenset[NodeId], keep: Sequence[Hop],
-        rebuild_tokens: int,
+        rebuild_tokens: int, spare: bool = False,
     ) -> tuple[Hop, ...]:  # fmt: skip
         lost = self._lost.now()
         if not lost <= exclude:
             apart = [hop for hop in keep if hop.address.node not in lost]
+            without = exclude | lost
             try:
-                return await self._router.route(model, session, reserve_tokens, exclude | lost, apart, rebuild_tokens)
+                return await self._router.route(model, session, reserve_tokens, without, apart, rebuild_tokens, spare)
             except (NoRoute, KvExhausted) as error:
                 log.debug("no chain without the %d devices that were lost: %s", len(lost), error.message)
-        return await self._router.route(model, session, reserve_tokens, exclude, keep, rebuild_tokens)
+        return await self._router.route(model, session, reserve_tokens, exclude, keep, rebuild_tokens, spare)

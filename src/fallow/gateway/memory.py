@@ -18,6 +18,7 @@ from fallow.domain.errors import ContextExceeded, EngineError, FallowError, KvEx
 from fallow.domain.ids import Digest
 from fallow.domain.model import Manifest
 from fallow.domain.sampling import Recipe
+from fallow.domain.service import ServiceTier
 from fallow.gateway.contract import Candidates, Meanwhile
 from fallow.models.manifest import manifest_digest
 
@@ -100,6 +101,9 @@ class MemoryTokenSource:
     def models(self) -> Sequence[Manifest]:
         return self._manifests
 
+    def tier(self, wanted: ServiceTier) -> ServiceTier:
+        return wanted
+
     async def open(
         self,
         model: Digest,
@@ -108,6 +112,7 @@ class MemoryTokenSource:
         top_k: int | None,
         owner: str,
         recipe: Recipe | None = None,
+        tier: ServiceTier = ServiceTier.DEFAULT,
     ) -> "MemoryConversation":
         manifest = self._by_digest.get(model)
         if manifest is None:

@@ -3,9 +3,10 @@
 Each app has its own registry, so that several gateways in one process (tests, the simulator) do not mix.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric, generate_latest
+from prometheus_client.core import CounterMetricFamily
 
 FIRST_TOKEN_BUCKETS_S = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
 NEXT_TOKEN_BUCKETS_S = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 3.0, 10.0)
@@ -41,6 +42,11 @@ class GatewayMetrics:
             "Devices of the fleet that are out of service on suspicion.",
             registry=self.registry,
         )
+        self._standing_by = Gauge(
+            "fallow_standby_chains", "Chains that stand by for another one.", registry=self.registry
+        )
+        self._takeovers: Callable[[], int] = lambda: 0
+        self.registry.register(self)
         self._waited = Histogram(
             "fallow_waited_seconds",
             "How long admitted requests waited for their place.",
@@ -73,6 +79,17 @@ class GatewayMetrics:
         """How many requests wait, and how many answers may run."""
         self._waiting.set(waiting)
         self._places.set(places)
+
+    def watch_standbys(self, standing_by: Callable[[], int], takeovers: Callable[[], int]) -> None:
+        """Where to ask how many chains stand by, and how many have taken over since the start."""
+        self._standing_by.set_function(standing_by)
+        self._takeovers = takeovers
+
+    def collect(self) -> Iterator[Metric]:
+        """What is counted elsewhere."""
+        yield CounterMetricFamily(
+            "fallow_standby_takeovers", "Answers that went on with the chain that stood by.", self._takeovers()
+        )
 
     def watch_quarantine(self, count: Callable[[], int]) -> None:
         """Where to ask how many devices are in quarantine."""

@@ -1,6 +1,11 @@
-"""Moves conversations off devices that are about to leave, while these still answer: make before break.
+"""Moves conversations to other devices while theirs still answer: make before break.
 
 Rules
+- What is moved: conversations of which a device is about to leave.
+- For some conversations another chain, of idle devices that are not in the first one, *stands by*: a move without a
+  leaver, which is brought up to date every `STANDBY_ROWS` tokens and changes over when the first chain loses a device.
+  It is in nobody's way: it takes idle devices or none, is not repaired but given up, and goes first where room is
+  lacking.
 - A move is a second session on another chain, without the leaving devices, that computes all that was said so far; the
   conversation changes over between two tokens, and the old session is freed everywhere.
 - At most one move for a conversation at a time: who else leaves meanwhile is left out of it. The chain that a move
@@ -17,7 +22,7 @@ Rules
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from functools import partial
 from typing import Final
 
@@ -25,10 +30,13 @@ import msgspec
 
 from fallow.domain.clock import Clock
 from fallow.domain.errors import FallowError, KvExhausted
+from fallow.domain.frames import Phase
 from fallow.domain.ids import NodeId, SessionId
 from fallow.gateway.chain import Chain
 from fallow.gateway.contract import NOT_NOW
 from fallow.gateway.flows import describe
+from fallow.gateway.ownership import Superseded
+from fallow.gateway.running_ahead import RunningAhead
 from fallow.policy.recovery import supersedes
 
 ROUNDS: Final = 2
@@ -37,6 +45,11 @@ MOVE_RETRY_S: Final = 0.5
 """How soon a move is tried again. A repair, for which a client waits, is more eager."""
 MOVE_TRIES_S: Final = 30.0
 """For how long. A leaving device is gone by then, or has stayed after all."""
+STANDBY_ROWS: Final = 8
+"""So many tokens behind, a chain that stands by is brought up to date: a row among eight costs the devices a third of
+a row by itself, and eight are computed within the time that it takes to notice a loss."""
+STANDBY_RETRY_S: Final = 5.0
+"""When another one is tried for where none could be had, or one was given up."""
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +60,10 @@ class _Move(msgspec.Struct):
     to: Chain
     leavers: set[NodeId]
     work: Work
+
+    @property
+    def stands_by(self) -> bool:
+        return not self.leavers
 
 
 class _Leaving(msgspec.Struct):
@@ -76,6 +93,10 @@ class Moves:
         self._moves: dict[SessionId, _Move] = {}
         self._leaving: dict[SessionId, _Leaving] = {}
         """Of conversations that go on."""
+        self._standbys_due_s: dict[SessionId, float] = {}
+        """Conversations for which another chain is to stand by, and when one may be sought next."""
+        self.takeovers = 0
+        """How often one that stood by has taken over."""
 
     def begin(self, chain: Chain, leaver: NodeId) -> bool:
         """Move away from a device that leaves. False for a chain that a move prepares: it is to be repaired."""
@@ -88,6 +109,17 @@ class Moves:
         self._move(chain, leaver)
         return True
 
+    def stand_by(self, chain: Chain, prompt: Sequence[int]) -> None:
+        """Have another chain stand by until the conversation ends. `prompt`: what it is about to be fed."""
+        tokens, phases = chain.since(0)
+        self._have_stand_by(chain, [*tokens, *prompt], [*phases, *[Phase.PREFILL] * len(prompt)])
+
+    def _have_stand_by(self, chain: Chain, tokens: Sequence[int], phases: Sequence[Phase]) -> None:
+        self._standbys_due_s[chain.session] = self._clock.monotonic_s() + STANDBY_RETRY_S
+        to = self._make(chain)
+        to.stands_by_for = frozenset(chain.nodes())
+        self._moves[chain.session] = _Move(to, set(), self._start(chain, _come_to(to, tokens, phases)))
+
     def _move(self, chain: Chain, leaver: NodeId) -> None:
         move = self._moves.get(chain.session)
         if move is None:
@@ -95,6 +127,7 @@ class Moves:
             move = _Move(to, set(), self._start(chain, self._prepare(chain, to)))
             self._moves[chain.session] = move
         move.leavers.add(leaver)
+        move.to.stands_by_for = frozenset()
         move.to.avoid(leaver, MOVE_TRIES_S)
 
     def newest(self, chain: Chain) -> Chain:
@@ -102,8 +135,15 @@ class Moves:
         move = self._moves.get(chain.session)
         if move is None:
             self._move_after_all(chain)
+            self._stand_by_after_all(chain)
             return chain
         if not _succeeded(move.work):
+            return chain
+        if move.stands_by:
+            if move.to.broken:
+                self._stop(chain.session)
+            elif len(chain.tokens) - len(move.to.tokens) >= STANDBY_ROWS:
+                move.work = self._start(chain, _come_to(move.to, *chain.since(len(move.to.tokens))))
             return chain
         if move.to.broken:
             move.work = self._start(chain, _catch_up(chain, move.to))
@@ -119,16 +159,25 @@ class Moves:
         for leaver in leaving.nodes.intersection(chain.nodes()):
             self._move(chain, leaver)
 
+    def _stand_by_after_all(self, chain: Chain) -> None:
+        """Have another chain stand by where that is due."""
+        due_s = self._standbys_due_s.get(chain.session)
+        if due_s is not None and not chain.broken and self._clock.monotonic_s() >= due_s:
+            self._have_stand_by(chain, *chain.since(0))
+
     def superseded(self, chain: Chain) -> bool:
         """For a chain in trouble: whether its move is worth waiting for (`awaited`). Ends it, where it is not."""
         move = self._moves.get(chain.session)
         if move is None:
+            return bool(chain.stands_by_for)  # it is given up
+        lost, layers = chain.layers_lost(move.leavers)
+        if move.stands_by and not lost:
             return False
         ready = None if _failed(move.work) else move.to.rows_ready()
         rows = len(chain.tokens)
-        if ready is not None and supersedes(rows - ready, rows, *chain.layers_lost(move.leavers)):
+        if ready is not None and supersedes(rows - ready, rows, lost, layers):
             return True
-        self._stop(chain)
+        self._stop(chain.session)
         return False
 
     async def awaited(self, chain: Chain) -> Chain:
@@ -140,21 +189,36 @@ class Moves:
         await asyncio.wait((move.work,))
         if _succeeded(move.work) and not move.to.broken:
             return self._change_over(chain, move)
-        self._stop(chain)
+        self._stop(chain.session)
         return chain
 
-    def end(self, chain: Chain) -> bool:
-        """The conversation has ended, or goes on with another chain. Whether a move was under way."""
-        self._leaving.pop(chain.session, None)
-        return self._stop(chain)
+    def make_room(self, tokens: int) -> bool:
+        """Give up chains that stand by, until they had reserved so much together. Whether there were any."""
+        freed_tokens = 0
+        for session, move in [(session, move) for session, move in self._moves.items() if move.stands_by]:
+            if freed_tokens >= tokens:
+                break
+            freed_tokens += move.to.reserve_tokens
+            self._stop(session)
+        return freed_tokens > 0
 
-    def _stop(self, chain: Chain) -> bool:
-        move = self._moves.pop(chain.session, None)
-        if move is None:
-            return False
-        move.work.cancel()
-        self._drop(move.to)
-        return True
+    def standing_by(self) -> int:
+        """How many chains stand by, or are about to."""
+        return sum(move.stands_by for move in self._moves.values())
+
+    def end(self, chain: Chain) -> bool:
+        """The conversation has ended, or goes on with another chain. Whether it was about to move."""
+        self._leaving.pop(chain.session, None)
+        self._standbys_due_s.pop(chain.session, None)
+        move = self._moves.get(chain.session)
+        self._stop(chain.session)
+        return move is not None and not move.stands_by
+
+    def _stop(self, session: SessionId) -> None:
+        move = self._moves.pop(session, None)
+        if move is not None:
+            move.work.cancel()
+            self._drop(move.to)
 
     async def close(self) -> None:
         """End all."""
@@ -167,6 +231,12 @@ class Moves:
 
     def _change_over(self, chain: Chain, move: _Move) -> Chain:
         self._moves.pop(chain.session, None)
+        if chain.session in self._standbys_due_s:
+            self._standbys_due_s[move.to.session] = self._clock.monotonic_s()
+        self.takeovers += move.stands_by
+        move.to.stands_by_for = frozenset()
+        if move.to.ahead.leave is None:
+            move.to.ahead = RunningAhead(chain.ahead.leave)
         move.to.append(*chain.since(len(move.to.tokens)))
         move.to.repairs += chain.repairs + 1
         self._on_event(f"session {chain.session[:8]}: moved to {move.to.session[:8]} over {describe(move.to.hops)}")
@@ -203,9 +273,12 @@ class Moves:
         error = work.exception()
         move = self._moves.get(chain.session)
         if move is not None and move.work is work:
-            self._stop(chain)
-            self._on_event(f"session {chain.session[:8]}: it could not be moved: {error}")
-        if not isinstance(error, FallowError):
+            self._stop(chain.session)
+            if move.stands_by:
+                log.info("session %s: no chain stands by: %r", chain.session[:8], error)
+            else:
+                self._on_event(f"session {chain.session[:8]}: it could not be moved: {error}")
+        if not isinstance(error, FallowError | Superseded):
             log.error("a move failed inside", exc_info=error)
 
 
@@ -213,6 +286,14 @@ async def _catch_up(chain: Chain, to: Chain) -> None:
     for _ in range(ROUNDS):
         to.append(*chain.since(len(to.tokens)))
         await to.settle()
+
+
+async def _come_to(to: Chain, tokens: Sequence[int], phases: Sequence[Phase]) -> None:
+    """Have a chain that stands by compute these, too."""
+    if not to.hops:
+        await to.establish()
+    to.append(tokens, phases)
+    await to.settle()
 
 
 def _succeeded(work: Work) -> bool:

@@ -8,6 +8,7 @@ from typing import Protocol
 
 import msgspec
 
+from fallow.domain.service import ServiceTier
 from fallow.gateway.detokenise import TokenBytes
 from fallow.gateway.generation import Chunk, FinishReason, TokenLogprob
 from fallow.gateway.schema import (
@@ -39,6 +40,8 @@ class Envelope(msgspec.Struct, frozen=True, kw_only=True):
     fingerprint: str
     logprobs: bool
     usage_in_stream: bool
+    tier: ServiceTier | msgspec.UnsetType
+    """What the request was given of the tier that it named, if it named one."""
 
 
 class Answer(Protocol):
@@ -122,6 +125,7 @@ class ChatAnswer:
             choices=choices,
             usage=usage,
             system_fingerprint=envelope.fingerprint,
+            service_tier=envelope.tier,
         )
         return _ENCODER.encode(reply)
 
@@ -137,6 +141,7 @@ class ChatAnswer:
             system_fingerprint=envelope.fingerprint,
             choices=choices,
             usage=usage,
+            service_tier=envelope.tier,
         )
 
     def _logprobs(self, tokens: list[TokenLogprob]) -> ChatLogprobs | None:
@@ -198,6 +203,7 @@ class CompletionAnswer:
             choices=choices,
             usage=usage,
             system_fingerprint=envelope.fingerprint,
+            service_tier=envelope.tier,
         )
         return _ENCODER.encode(reply)
 
@@ -210,6 +216,7 @@ class CompletionAnswer:
             system_fingerprint=envelope.fingerprint,
             choices=choices,
             usage=usage,
+            service_tier=envelope.tier,
         )
 
     def _logprobs(self, index: int, tokens: list[TokenLogprob]) -> CompletionLogprobs | None:

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from fallow.domain.errors import BadRequest
+from fallow.domain.service import ServiceTier
 from fallow.gateway.sampling import SamplingParams
 from fallow.gateway.schema import ChatMessage, ChatRequest, CommonRequest, CompletionRequest, ContentPart
 
@@ -45,6 +46,8 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     """`None`: no log-probabilities; 0: the chosen token's only."""
     streamed: bool
     usage_in_stream: bool
+    tier: ServiceTier | None
+    """`None`: it named none."""
 
 
 def decode_request(body: bytes, kind: type[Request]) -> Request:
@@ -139,7 +142,15 @@ def _plan(request: CommonRequest, max_new_tokens: int | None, top_logprobs: int 
         top_logprobs=top_logprobs,
         streamed=bool(request.stream),
         usage_in_stream=bool(options and options.include_usage),
+        tier=_tier(request.service_tier),
     )
+
+
+def _tier(named: str | None) -> ServiceTier | None:
+    """OpenAI's other tiers are no different from its default one here."""
+    if named is None:
+        return None
+    return ServiceTier.PRIORITY if named == ServiceTier.PRIORITY else ServiceTier.DEFAULT
 
 
 def _sampling(request: CommonRequest) -> SamplingParams:

@@ -78,6 +78,11 @@ class RunningAhead:
         """What a chain may run ahead with that is opened now."""
         return None if self._misses >= MISSES_MAX else self._leave
 
+    @property
+    def untold(self) -> bool:
+        """Whether the chain may run ahead, and was opened before it might."""
+        return self.leave is not None and not self._given
+
     def note(self, result: Result, payload: Payload, tokens: int) -> None:
         """A new result came, of a conversation with so many tokens. It is kept when it is early, and not too early."""
         end = result.position + result.count

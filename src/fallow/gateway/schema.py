@@ -57,6 +57,7 @@ class CommonRequest(msgspec.Struct, frozen=True, kw_only=True):
     logit_bias: dict[str, float] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    service_tier: Literal["auto", "default", "flex", "scale", "priority"] | None = None
 
 
 class ChatRequest(CommonRequest, frozen=True, kw_only=True):
@@ -192,6 +193,7 @@ class ChatReply(msgspec.Struct, frozen=True, kw_only=True):
     usage: Usage
     system_fingerprint: str
     object: str = "chat.completion"
+    service_tier: str | msgspec.UnsetType = msgspec.UNSET
 
 
 class CompletionChoice(msgspec.Struct, frozen=True, kw_only=True):
@@ -213,6 +215,7 @@ class CompletionReply(msgspec.Struct, frozen=True, kw_only=True):
     usage: Usage
     system_fingerprint: str
     object: str = "text_completion"
+    service_tier: str | msgspec.UnsetType = msgspec.UNSET
 
 
 class Delta(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -232,7 +235,8 @@ class ChatChunkChoice(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ChatChunk(msgspec.Struct, frozen=True, kw_only=True):
-    """`usage` is left out unless the client asked for it; then it is null in every chunk but the last."""
+    """`usage` is left out unless the client asked for it; then it is null in every chunk but the last. `service_tier`
+    is left out unless the client named one."""
 
     id: str
     created: int
@@ -241,6 +245,7 @@ class ChatChunk(msgspec.Struct, frozen=True, kw_only=True):
     choices: list[ChatChunkChoice]
     object: str = "chat.completion.chunk"
     usage: Usage | msgspec.UnsetType | None = msgspec.UNSET
+    service_tier: str | msgspec.UnsetType = msgspec.UNSET
 
 
 class CompletionChunk(msgspec.Struct, frozen=True, kw_only=True):
@@ -253,3 +258,4 @@ class CompletionChunk(msgspec.Struct, frozen=True, kw_only=True):
     choices: list[CompletionChoice]
     object: str = "text_completion"
     usage: Usage | msgspec.UnsetType | None = msgspec.UNSET
+    service_tier: str | msgspec.UnsetType = msgspec.UNSET

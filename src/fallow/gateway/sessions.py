@@ -34,6 +34,7 @@ from fallow.domain.frames import LEAVING, CloseSession, Fault, Frame, Phase, Ref
 from fallow.domain.ids import VISITS_MAX, Digest, NodeId, SessionId, at_visit
 from fallow.domain.model import Manifest
 from fallow.domain.sampling import Recipe
+from fallow.domain.service import ServiceTier, Standby
 from fallow.fabric.contract import Bus, Subscription
 from fallow.fabric.peers import Peers
 from fallow.gateway.accusations import Accusations
@@ -85,6 +86,8 @@ class FleetConversation:
     async def _advance(self, tokens: Sequence[int], phase: Phase, meanwhile: Meanwhile | None = None) -> Candidates:
         """On the newest chain. Each that is left in trouble ends a move, so that this comes to an end."""
         moves = self._source.moves
+        if self.chain.ahead.untold and not self.chain.broken:
+            self.chain.in_trouble("it has taken over, and is to run ahead", None)
         self.chain = moves.newest(self.chain)
         try:
             return await self.chain.advance(tokens, phase, meanwhile)
@@ -108,7 +111,7 @@ class FleetTokenSource:
     def __init__(
         self, bus: Bus, peers: Peers, store: Store, clock: Clock, subjects: Subjects, origin: NodeId, url: str = "",
         new_session: Callable[[], SessionId] = lambda: SessionId(secrets.token_hex(16)), *, lease: Lease,
-        routes: Routes, run_ahead: bool = True,
+        routes: Routes, run_ahead: bool = True, standby: Standby = Standby.PRIORITY,
     ) -> None:  # fmt: skip
         self._bus = bus
         self._peers = peers
@@ -126,6 +129,7 @@ class FleetTokenSource:
         self._renewals = Renewals(self._router, peers, clock)
         self._lease = lease
         self._run_ahead = run_ahead
+        self._standby = standby
         self.moves = Moves(self._beside, self._drop, self._on_event, clock)
         self._kept = KeptChains(clock)
         self._owner = FleetOwner(self._lost, self.moves, self._kept, lease)
@@ -164,9 +168,12 @@ class FleetTokenSource:
     def models(self) -> Sequence[Manifest]:
         return tuple(self._manifests.values())
 
+    def tier(self, wanted: ServiceTier) -> ServiceTier:
+        return wanted if self._standby.covers(wanted) else ServiceTier.DEFAULT
+
     async def open(
         self, model: Digest, prompt: Sequence[int], max_new_tokens: int, top_k: int | None, owner: str,
-        recipe: Recipe | None = None,
+        recipe: Recipe | None = None, tier: ServiceTier = ServiceTier.DEFAULT,
     ) -> FleetConversation:  # fmt: skip
         require_working(self._lease)
         manifest = self._manifests.get(model)
@@ -180,12 +187,14 @@ class FleetTokenSource:
         leave = None
         if recipe is not None and self._run_ahead:
             leave = leave_for(recipe, top_k, len(prompt), total, manifest.eos_token_ids)
-        reused = await self._reuse(model, prompt, total, top_k, owner, leave)
-        if reused is not None:
-            return reused
-        chain = self._new_chain(model, total, top_k)
-        await self._establish(chain, leave)
-        return FleetConversation(self, chain, owner, prompt, kept=0)
+        conversation = await self._reuse(model, prompt, total, top_k, owner, leave)
+        if conversation is None:
+            chain = self._new_chain(model, total, top_k)
+            await self._establish(chain, leave)
+            conversation = FleetConversation(self, chain, owner, prompt, kept=0)
+        if self._standby.covers(tier):
+            self.moves.stand_by(conversation.chain, prompt[conversation.cached_tokens :])
+        return conversation
 
     def _new_chain(self, model: Digest, reserve_tokens: int, top_k: int | None) -> Chain:
         manifest = self._manifests.get(model)

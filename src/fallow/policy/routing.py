@@ -99,6 +99,7 @@ class Carrier(msgspec.Struct, frozen=True, kw_only=True):
     """Of its time, what it computes already."""
     rebuild_wait_s: float = 0.0
     """How long it will be at rebuilds that were promised on it."""
+    region: str = ""
 
     @property
     def node(self) -> NodeId:

@@ -60,7 +60,7 @@ async def run(config: Config, parent_pid: int | None = None) -> None:
     files = StoreServer(store, bus, peers, clock, subjects, endpoint.address)
     source = FleetTokenSource(
         bus, peers, store, clock, subjects, party.who.node, api_url(config), lease=party.lease, routes=party.routes,
-        run_ahead=config.gateway.run_ahead,
+        run_ahead=config.gateway.run_ahead, standby=config.gateway.standby,
     )  # fmt: skip
     keys = [ApiKey(id=key.id, sha256=key.sha256, limits=key.limits) for key in config.gateway.keys]
     rules = AdmissionRules(
@@ -70,6 +70,7 @@ async def run(config: Config, parent_pid: int | None = None) -> None:
     )
     metrics = GatewayMetrics()
     metrics.watch_quarantine(lambda: source.quarantined)
+    metrics.watch_standbys(source.moves.standing_by, lambda: source.moves.takeovers)
     app = create_app(source, tokenizer_file, clock, keys, metrics=metrics, admission=rules)
     try:
         await peers.start()

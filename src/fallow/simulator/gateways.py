@@ -19,6 +19,7 @@ from fallow.domain.fleet import Subjects
 from fallow.domain.frames import Frame, Phase
 from fallow.domain.ids import Digest, NodeId, SessionId
 from fallow.domain.sampling import Recipe
+from fallow.domain.service import ServiceTier
 from fallow.fabric.peers import Peers
 from fallow.gateway.admission import Admission
 from fallow.gateway.chain import Chain
@@ -55,6 +56,7 @@ class Ask(msgspec.Struct, frozen=True, kw_only=True):
     completion_tokens: int
     keep: bool
     """Whether a follow-up turn comes."""
+    tier: ServiceTier = ServiceTier.DEFAULT
 
 
 class Turn(msgspec.Struct):
@@ -180,7 +182,7 @@ class SimulatedGateway:
         conversation: FleetConversation | None = None
         try:
             conversation = await self.source.open(
-                model, ask.prompt, ask.completion_tokens, GREEDY_TOP_K, ask.key, Recipe()
+                model, ask.prompt, ask.completion_tokens, GREEDY_TOP_K, ask.key, Recipe(), ask.tier
             )
             turn.accepted_s = self._clock.monotonic_s()
             turn.session = conversation.chain.session

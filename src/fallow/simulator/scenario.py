@@ -96,6 +96,8 @@ class Traffic(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     completion_tokens: Count = 120
     """Median; lognormal."""
     spread: Annotated[float, msgspec.Meta(ge=0, le=2)] = 0.6
+    priority_share: Share = 0.0
+    """Share of sessions for which another chain is to stand by (`ServiceTier.PRIORITY`)."""
     keys: Count = 8
     """Clients, by API key, who share the traffic unevenly (the k-th asks in proportion to 1/k)."""
 

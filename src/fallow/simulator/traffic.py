@@ -10,6 +10,7 @@ import random
 from collections.abc import Iterator
 from typing import Final
 
+from fallow.domain.service import ServiceTier
 from fallow.simulator.gateways import Ask
 from fallow.simulator.model import CONTEXT_TOKENS, VOCABULARY
 from fallow.simulator.scenario import EventKind, Scenario
@@ -73,6 +74,8 @@ class Client:
         self._draw = draw
         weights = [1 / (index + 1) for index in range(traffic.keys)]
         self._key = f"key{draw.choices(range(traffic.keys), weights)[0]}"
+        share = traffic.priority_share  # at 0 and 1 nothing is drawn, so that clients ask the same with and without
+        self._tier = ServiceTier.PRIORITY if share and (share == 1 or draw.random() < share) else ServiceTier.DEFAULT
 
     def ask(self) -> Ask:
         """The conversation's first question."""
@@ -93,7 +96,8 @@ class Client:
 
     def _ask(self, prompt: tuple[int, ...]) -> Ask:
         wanted = self._length(self._traffic.completion_tokens)
-        return Ask(key=self._key, prompt=prompt, completion_tokens=wanted, keep=self._draw.random() < FOLLOW_UP)
+        keep = self._draw.random() < FOLLOW_UP
+        return Ask(key=self._key, prompt=prompt, completion_tokens=wanted, keep=keep, tier=self._tier)
 
     def _length(self, median: int) -> int:
         drawn = int(self._draw.lognormvariate(math.log(median), self._traffic.spread))

@@ -94,10 +94,11 @@ def _stages(agent: Agent) -> Iterable[StageView]:
         )
 
 
-def runs_ahead(device: SimulatedDevice | None, sender: NodeId, rows: Rows) -> bool:
-    """Whether rows that came to a device are a last stage's word to the first one."""
+def feeds_nobody(device: SimulatedDevice | None, sender: NodeId, rows: Rows) -> bool:
+    """Whether rows that came to a device are a last stage's word to the first one, which the gateway's own rows repeat,
+    or came when their session had ended there."""
     held = None if device is None or device.agent is None else device.agent.relay._sessions.get(rows.session)
-    return held is not None and held.span.first == 0 and sender != held.gateway
+    return held is None or (held.span.first == 0 and sender != held.gateway)
 
 
 def _log_bytes(agent: Agent) -> int:

@@ -11,6 +11,7 @@ from fallow.domain.ids import NodeId
 from fallow.domain.model import Span, StageSpec
 from fallow.policy import routing
 from fallow.policy.routing import Carrier, ModelShape, RoutingRules, kv_bytes
+from fallow.policy.spares import BUSY_MAX_SHARE
 from tests.unit.policy.routing_world import MODEL, SHAPE, carrier, cells, check_lawful, node_id, request
 
 
@@ -80,6 +81,40 @@ def test_a_cell_that_cannot_serve_says_which_layers_nobody_holds() -> None:
     reply: RouteReply = router(carriers).route(request(), SHAPE, carriers, 0.0)
     assert reply.error is not None and "6-11 of 12" in reply.error
     assert reply.code == NoRoute.code
+
+
+@pytest.mark.parametrize("count", [2, 12])
+def test_a_chain_that_stands_by_gets_idle_devices_with_twice_the_room_or_none(count: int) -> None:
+    """A small cell is searched exactly; in a large one chains are drawn."""
+
+    def reply(kv_free: int, tokens_per_s: float) -> RouteReply:
+        carriers = {
+            node_id(i): carrier(i, *((0, 3) if i % 2 else (3, 6)), kv_free=kv_free, tokens_per_s=tokens_per_s)
+            for i in range(count)
+        }
+        asked = msgspec.structs.replace(request(tokens=10), spare=True)
+        return router(carriers).route(asked, SHAPE, carriers, 0.0)
+
+    most_rows_per_s = BUSY_MAX_SHARE / (6 * 0.001)
+    piece_room = 10 * 2
+    assert reply(6 * piece_room, 0.9 * most_rows_per_s).hops
+    assert not reply(2 * piece_room - 1, 0.9 * most_rows_per_s).hops, "half of it is not for spare copies"
+    assert not reply(10**6, 1.1 * most_rows_per_s).hops
+
+
+def test_a_chain_that_stands_by_is_in_another_region_where_that_can_be() -> None:
+    def regions(names: str) -> set[str]:
+        carriers = {
+            node_id(i): msgspec.structs.replace(carrier(i, *((0, 3) if i % 2 else (3, 6))), region=name)
+            for i, name in enumerate(names)
+        }
+        asked = msgspec.structs.replace(request(exclude=(node_id(0), node_id(1))), spare=True)
+        reply = router(carriers).route(asked, SHAPE, carriers, 0.0)
+        return {carriers[hop.address.node].region for hop in reply.hops}
+
+    assert regions("aaaabb") == {"b"}
+    assert regions("ababbbaa") in ({"a"}, {"b"}), "the first chain is in both"
+    assert regions("aaaaba") == {"a"}, "b has half of the model only"
 
 
 def test_a_gone_node_is_forgotten_with_its_promises() -> None:

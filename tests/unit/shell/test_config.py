@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fallow.config import as_environment, load, parse_size, setting_names, value_of
+from fallow.config import as_environment, load, setting_names, value_of
 from fallow.domain.errors import ConfigError
+from fallow.sizes import parse_size
 
 NOWHERE: dict[str, str] = {}
 

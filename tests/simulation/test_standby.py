@@ -1,0 +1,254 @@
+"""Goal: where another chain stands by, a loss costs an answer a few rows instead of all of them, changes no token, and
+costs nobody else their place.
+
+Method: the real token source, chains, links and relays on virtual time; the coordinator is a table on the bus.
+"""
+
+import asyncio
+from pathlib import Path
+
+from fallow.domain.ids import Digest
+from fallow.domain.sampling import Recipe
+from fallow.domain.service import ServiceTier, Standby
+from fallow.gateway.moves import STANDBY_RETRY_S, STANDBY_ROWS
+from fallow.gateway.sessions import FleetConversation, FleetTokenSource
+from tests.simulation.sessions import Fleet
+from tests.simulation.test_moves import assert_nothing_left, repairs_of, timed, undisturbed
+from tests.simulation.test_token_source import (
+    KV_BYTES_PER_TOKEN_AND_STAGE,
+    PROMPT,
+    A,
+    B,
+    C,
+    answer,
+    sessions_on,
+    with_fleet,
+)
+
+TWICE = (A, B, C, A, B, C)
+COUNT = 60
+
+
+async def prioritised(source: FleetTokenSource, model: Digest, recipe: Recipe | None = None) -> FleetConversation:
+    return await source.open(model, PROMPT, 500, 1, "alice", recipe, ServiceTier.PRIORITY)
+
+
+def rows_on(fleet: Fleet) -> list[int]:
+    return [node.engine.rows_computed for node in fleet.nodes]
+
+
+def test_a_killed_device_costs_the_rows_that_the_other_chain_lacks(tmp_path: Path) -> None:
+    async def test(fleet: Fleet, source: FleetTokenSource, model: Digest) -> None:
+        expected = await undisturbed(source, model, COUNT)
+        conversation = await prioritised(source, model)
+        task = asyncio.create_task(timed(fleet, conversation, COUNT, between_s=0.02))
+        await asyncio.sleep(0.6)
+        assert sessions_on(fleet) == [1] * 6
+        behind = len(conversation.chain.tokens) - rows_on(fleet)[3]
+        assert 0 <= behind <= STANDBY_ROWS
+        fleet.nodes[1].kill()
+        tokens, longest_s = await task
+        assert tokens == expected
+        assert longest_s < 0.1
+        assert rows_on(fleet)[3] == len(PROMPT) + COUNT - 1, "no row was computed twice"
+        assert (source.moves.takeovers, repairs_of(source)) == (1, [])
+        await conversation.close(keep=False)
+        await asyncio.sleep(0.1)
+        assert_nothing_left(fleet, source)
+
+    with_fleet(tmp_path, test, pieces=TWICE)
+
+
+def test_it_is_never_more_than_a_few_rows_behind(tmp_path: Path) -> None:
+    async def test(fleet: Fleet, source: FleetTokenSource, model: Digest) -> None:
+        conversation = await prioritised(source, model)
+        tokens = [int((await conversation.prefill()).ids[0])]
+        await asyncio.sleep(0.5)
+        assert rows_on(fleet)[3] == len(PROMPT)
+        while len(tokens) < COUNT:
+            tokens.append(int((await conversation.decode(tokens[-1])).ids[0]))
+            await asyncio.sleep(0.05)
+            assert 0 <= rows_on(fleet)[0] - rows_on(fleet)[3] <= STANDBY_ROWS
+        await conversation.close(keep=False)
+
+    with_fleet(tmp_path, test, pieces=TWICE)
+
+
+def test_it_runs_ahead_once_it_has_taken_over_and_not_before(tmp_path: Path) -> None:
+    async def test(fleet: Fleet, source: FleetTokenSource, model: Digest) -> None:
+        expected = await undisturbed(source, model, COUNT)
+        conversation = await prioritised(source, model, Recipe())
+        task = asyncio.create_task(timed(fleet, conversation, COUNT, between_s=0.02))
+        await asyncio.sleep(0.6)
+        assert rows_on(fleet)[3] <= rows_on(fleet)[0]
+        fleet.nodes[1].kill()
+        tokens, _ = await task
+        assert tokens == expected
+        assert conversation.chain.ahead.leave is not None
+        assert not conversation.chain.ahead.untold
+        assert source.moves.takeovers == 1
+        await conversation.close(keep=False)
+
+    with_fleet(tmp_path, test, pieces=TWICE)
+
+
+def test_whoever_has_taken_over_has_another_one_stand_by(tmp_path: Path) -> None:
+    async def test(fleet: Fleet, source: FleetTokenSource, model: Digest) -> None:
+        expected = await undisturbed(source, model, 2 * COUNT)
+        conversation = await prioritised(source, model)
+        task = asyncio.create_task(timed(fleet, conversation, 2 * COUNT, between_s=0.02))
+        for lost, takeovers in ((0, 1), (4, 2)):
+            await asyncio.sleep(0.8)
+            fleet.nodes[lost].kill()
+            await asyncio.sleep(0.2)
+            assert source.moves.takeovers == takeovers
+        tokens, longest_s = await task
+        assert tokens == expected
+        assert longest_s < 0.1
+        assert repairs_of(source) == []
+        await conversation.close(keep=False)
+        await asyncio.sleep(0.1)
+        assert_nothing_left(fleet, source)
+
+    with_fleet(tmp_path, test, pieces=(*TWICE, A, B))
+
+
+def test_a_device_that_leaves_has_nothing_computed_anew(tmp_path: Path) -> None:
+    async def test(fleet: Fleet, source: FleetTokenSource, model: Digest) -> None:
+        expected = await undisturbed(source, model, COUNT)
+        conversation = await prioritised(source, model)
+        task = asyncio.create_task(timed(fleet, conversation, COUNT, between_s=0.02))
+        await asyncio.sleep(0.6)
+        fleet.nodes[1].relay.drain()
+        await asyncio.sleep(0.1)
+        assert sessions_on(fleet)[:3] == [0, 0, 0]
+        fleet.nodes[1].kill()
+        tokens, longest_s = await task
+        assert tokens == expected
+        assert longest_s < 0.1
+        assert rows_on(fleet)[3] == len(PROMPT) + COUNT - 1
+        await conversation.close(keep=False)
+        await asyncio.sleep(0.1)
+        assert_nothing_left(fleet, source)
+
+    with_fleet(tmp_path, test, pieces=TWICE)
+
+
+def test_a_loss_in_it_is_not_repaired_but_another_one_is_sought(tmp_path: Path) -> None:
+    async def test(fleet: Fleet, source: FleetTokenSource, model: Digest) -> None:
+        expected = await undisturbed(source, model, 2 * COUNT)
+        conversation = await prioritised(source, model)
+        task = asyncio.create_task(timed(fleet, conversation, 2 * COUNT, between_s=0.1))
+        await asyncio.sleep(0.6)
+        fleet.nodes[3].kill()
+        await asyncio.sleep(0.4)
+        assert sessions_on(fleet)[4:6] == [0, 0], "given up"
+        await asyncio.sleep(STANDBY_RETRY_S)
+        assert sessions_on(fleet)[4:] == [1, 1, 1], "another one"
+        tokens, longest_s = await task
+        assert tokens == expected
+        assert longest_s < 0.1
+        assert (source.moves.takeovers, repairs_of(source)) == (0, [])
+        await conversation.close(keep=False)
+        await asyncio.sleep(0.1)
+        assert_nothing_left(fleet, source)
+
+    with_fleet(tmp_path, test, pieces=(*TWICE, A))
+
+
+def test_when_both_lose_a_device_the_answer_is_repaired(tmp_path: Path) -> None:
+    async def test(fleet: Fleet, source: FleetTokenSource, model: Digest) -> None:
+        expected = await undisturbed(source, model, COUNT)
+        conversation = await prioritised(source, model)
+        task = asyncio.create_task(timed(fleet, conversation, COUNT, between_s=0.02))
+        await asyncio.sleep(0.6)
+        fleet.nodes[1].kill()
+        fleet.nodes[3].kill()
+        tokens, _ = await task
+        assert tokens == expected
+        assert (source.moves.takeovers, len(repairs_of(source))) == (0, 1)
+        assert rows_on(fleet)[0] == 2 * (len(PROMPT) + COUNT - 1), "what lives keeps its cache"
+        await conversation.close(keep=False)
+        await asyncio.sleep(0.1)
+        assert_nothing_left(fleet, source)
+
+    with_fleet(tmp_path, test, pieces=TWICE)
+
+
+def test_trouble_that_costs_no_device_leaves_it_standing_by(tmp_path: Path) -> None:
+    async def test(fleet: Fleet, source: FleetTokenSource, model: Digest) -> None:
+        expected = await undisturbed(source, model, COUNT)
+        conversation = await prioritised(source, model)
+        task = asyncio.create_task(timed(fleet, conversation, COUNT, between_s=0.02))
+        await asyncio.sleep(0.6)
+        conversation.chain.in_trouble("somebody was unsure", None)
+        tokens, _ = await task
+        assert tokens == expected
+        assert (source.moves.takeovers, len(repairs_of(source))) == (0, 1)
+        assert sessions_on(fleet) == [1] * 6
+        await conversation.close(keep=False)
+
+    with_fleet(tmp_path, test, pieces=TWICE)
+
+
+def test_it_makes_way_for_a_conversation_that_needs_its_room(tmp_path: Path) -> None:
+    async def test(fleet: Fleet, source: FleetTokenSource, model: Digest) -> None:
+        expected = await undisturbed(source, model, COUNT)
+        conversation = await prioritised(source, model)
+        task = asyncio.create_task(timed(fleet, conversation, COUNT, between_s=0.02))
+        await asyncio.sleep(0.6)
+        assert sessions_on(fleet) == [1] * 6
+        fleet.script = [[(3, A), (4, B), (5, C)]] * 3
+        other = await source.open(model, PROMPT, 500, 1, "bob")
+        assert await answer(other, 5) == expected[:5]
+        assert sessions_on(fleet) == [1] * 6
+        assert source.moves.standing_by() == 0
+        tokens, longest_s = await task
+        assert (tokens, longest_s < 0.1) == (expected, True)
+        await other.close(keep=False)
+        await conversation.close(keep=False)
+
+    with_fleet(tmp_path, test, pieces=TWICE, kv_budget_bytes=int(1.5 * 560 * KV_BYTES_PER_TOKEN_AND_STAGE))
+
+
+def test_a_conversation_that_ends_is_kept_for_the_next_turn_and_what_stood_by_is_freed(tmp_path: Path) -> None:
+    async def test(fleet: Fleet, source: FleetTokenSource, model: Digest) -> None:
+        conversation = await prioritised(source, model)
+        tokens = await answer(conversation, 20)
+        await conversation.close(keep=True)
+        await asyncio.sleep(0.1)
+        assert sessions_on(fleet) == [1, 1, 1, 0, 0, 0]
+        again = await source.open(model, [*PROMPT, *tokens[:19], 7, 8], 20, 1, "alice", None, ServiceTier.PRIORITY)
+        assert again.cached_tokens == len(PROMPT) + 19
+        follow_up = await answer(again, 10)
+        await asyncio.sleep(0.5)
+        fleet.nodes[2].kill()
+        follow_up.append(int((await again.decode(follow_up[-1])).ids[0]))
+        assert source.moves.takeovers == 1
+        await again.close(keep=False)
+        calm = await source.open(model, [*PROMPT, *tokens[:19], 7, 8], 20, 1, "carol")
+        assert len(await answer(calm, 11)) == len(follow_up)
+        await calm.close(keep=False)
+        await asyncio.sleep(0.1)
+        assert_nothing_left(fleet, source)
+
+    with_fleet(tmp_path, test, pieces=TWICE)
+
+
+def test_none_stands_by_for_those_who_did_not_ask(tmp_path: Path) -> None:
+    async def test(fleet: Fleet, source: FleetTokenSource, model: Digest) -> None:
+        conversation = await source.open(model, PROMPT, 500, 1, "alice")
+        await answer(conversation, 20)
+        assert sessions_on(fleet) == [1, 1, 1, 0, 0, 0]
+        await conversation.close(keep=False)
+
+    with_fleet(tmp_path, test, pieces=TWICE)
+
+
+def test_for_whom_one_stands_by() -> None:
+    covered = {(standby, tier) for standby in Standby for tier in ServiceTier if standby.covers(tier)}
+    assert covered == {
+        (Standby.PRIORITY, ServiceTier.PRIORITY),
+        (Standby.ALWAYS, ServiceTier.DEFAULT),
+        (Standby.ALWAYS, ServiceTier.PRIORITY),
+    }
