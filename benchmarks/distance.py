@@ -31,16 +31,17 @@ wakes up some tenths of a millisecond late; the measured round trip has that in 
 several, a chain is busy with others while one waits for the way.
 
 Results: a table, and JSON in `benchmarks/results/distance.json`. Needs Linux and root; elsewhere it says so and ends.
+SIGTERM ends it as Ctrl-C does: services, namespaces and files go first.
 """
 
 import argparse
 import contextlib
-import http.client
 import itertools
 import json
 import os
 import re
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -50,9 +51,10 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
-from urllib.parse import urlsplit
 
-from distance_network import DistantNetwork, why_not
+from distance_network import DistantNetwork
+from event_stream import Streamed, ask
+from namespaces import why_not
 from rich.console import Console
 from rich.table import Table
 
@@ -85,13 +87,6 @@ class Contender(NamedTuple):
 
     devices: int
     ahead: bool
-
-
-class Run(NamedTuple):
-    """One answer: the time a token took, and what was said."""
-
-    token_s: float
-    text: str
 
 
 class Fleet:
@@ -159,7 +154,7 @@ class Fleet:
         for url in self.urls.values():
             while time.monotonic() < deadline_s:
                 with contextlib.suppress(OSError, RuntimeError):
-                    self._network.inside(HUB, partial(ask, url, self.keys[0], 1, QUESTIONS["greedy"]))
+                    self._network.inside(HUB, partial(answer, url, self.keys[0], 1, "greedy"))
                     break
                 time.sleep(0.2)
             else:
@@ -181,48 +176,19 @@ def _end(process: "subprocess.Popen[bytes]") -> None:
         process.wait()
 
 
-def ask(url: str, key: str, tokens: int, question: dict[str, float]) -> Run:
-    """Stream an answer. Raises `OSError`, and `RuntimeError` when it is refused."""
-    body = {
-        "model": DEFAULT_MODEL,
-        "messages": [{"role": "user", "content": PROMPT}],
-        "max_tokens": tokens + 1,
-        "stream": True,
-        "stream_options": {"include_usage": True},
-        **question,
-    }
-    at_s: list[float] = []
-    pieces: list[str] = []
-    count = 0
-    connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=300)
-    headers = {"authorization": f"Bearer {key}", "content-type": "application/json"}
-    with contextlib.closing(connection):
-        connection.request("POST", "/v1/chat/completions", json.dumps(body), headers)
-        reply = connection.getresponse()
-        if reply.status != http.client.OK:
-            raise RuntimeError(reply.read().decode())
-        for line in reply:
-            if not line.startswith(b"data: {"):
-                continue
-            event = json.loads(line.removeprefix(b"data: "))
-            if "error" in event:
-                raise RuntimeError(event["error"])
-            if event["choices"] and event["choices"][0]["delta"].get("content"):
-                at_s.append(time.perf_counter())
-                pieces.append(event["choices"][0]["delta"]["content"])
-            elif event.get("usage"):
-                count = event["usage"]["completion_tokens"]
-    return Run((at_s[-1] - at_s[0]) / max(1, count - 1), "".join(pieces))
+def answer(api_url: str, key: str, tokens: int, question: str) -> Streamed:
+    """Of the default model. Raises as `ask` does."""
+    return ask(api_url, key, DEFAULT_MODEL, PROMPT, tokens, QUESTIONS[question])
 
 
 class Figures:
     """What was measured, by distance in milliseconds as it was asked for, contender and question."""
 
     def __init__(self) -> None:
-        self.runs: dict[tuple[float, Contender, str], list[Run]] = {}
+        self.runs: dict[tuple[float, Contender, str], list[Streamed]] = {}
         self.round_trips_s: dict[float, list[float]] = {}
 
-    def note(self, distance_ms: float, contender: Contender, question: str, run: Run) -> None:
+    def note(self, distance_ms: float, contender: Contender, question: str, run: Streamed) -> None:
         self.runs.setdefault((distance_ms, contender, question), []).append(run)
 
     def round_trip_s(self, distance_ms: float) -> float:
@@ -249,11 +215,9 @@ def measure(
 ) -> Figures:
     """Every contender's answers to every question, at every distance, and all of it in every round."""
 
-    def run(contender: Contender, question: str, count: int) -> Run:
+    def run(contender: Contender, question: str, count: int) -> Streamed:
         fleet = fleets[contender.devices]
-        return network.inside(
-            HUB, partial(ask, fleet.urls[contender.ahead], fleet.keys.pop(), count, QUESTIONS[question])
-        )
+        return network.inside(HUB, partial(answer, fleet.urls[contender.ahead], fleet.keys.pop(), count, question))
 
     figures = Figures()
     contenders = [Contender(devices, ahead) for devices in fleets for ahead in (False, True)]
@@ -287,7 +251,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=48)
     parser.add_argument("--rtt", type=float, nargs="*", default=[20, 60, 120], help="round trips in milliseconds")
     options = parser.parse_args()
-    reason = why_not()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    reason = why_not(lambda: DistantNetwork(1))
     if reason is not None:
         print(f"Skipped: {reason}.")
         return

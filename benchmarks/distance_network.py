@@ -8,28 +8,24 @@ Rules
 - At most `QUEUE_FRAMES_MAX` frames are kept; what comes when there are so many is lost, as at a full router.
 - The switch ends when the process that made it does, and the interfaces with it.
 
-Not here: rates, losses, jitter. Linux and root only; `why_not` says what is missing. A kernel with netem could do the
-delay itself, and many have none. What the switch takes for a frame is in every figure: `round_trip_s` measures it.
+Not here: rates, losses, jitter. Linux and root only (`namespaces.py`). A kernel with netem could do the delay itself,
+and many have none. What the switch takes for a frame is in every figure: `round_trip_s` measures it.
 """
 
-import ctypes
 import fcntl
 import multiprocessing
 import os
 import select
-import shutil
 import socket
 import statistics
 import struct
-import subprocess
-import sys
 import time
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Self, TypeVar
+
+from namespaces import enter, inside, ip, remove
 
 T = TypeVar("T")
 
@@ -44,22 +40,6 @@ CLOSED_PORT = 9
 PROBES = 20
 _TUN = "/dev/net/tun"
 _TUNSETIFF, _IFF_TAP, _IFF_NO_PI = 0x400454CA, 0x0002, 0x1000
-_CLONE_NEWNET = 0x40000000
-
-
-def why_not() -> str | None:
-    """Why no such network can be made here, or `None`."""
-    if sys.platform != "linux":
-        return "network namespaces are Linux's"
-    if shutil.which("ip") is None:
-        return "the command `ip` (iproute2) is not installed"
-    if os.geteuid() != 0:
-        return "making a network namespace needs root"
-    try:
-        with DistantNetwork(1):
-            return None
-    except (OSError, RuntimeError) as error:
-        return f"no network can be made: {error}"
 
 
 class DistantNetwork:
@@ -88,8 +68,7 @@ class DistantNetwork:
 
     def inside(self, host: int, work: Callable[[], T]) -> T:
         """Run `work` in a host's namespace; the processes that it starts stay there."""
-        with ThreadPoolExecutor(1, initializer=_enter, initargs=(self._names[host],)) as pool:
-            return pool.submit(work).result()
+        return inside(self._names[host], work)
 
     def set_round_trip(self, round_trip_s: float) -> None:
         """From now on, between any two hosts."""
@@ -102,7 +81,7 @@ class DistantNetwork:
 
     def _build(self) -> None:
         for name in self._names:
-            _ip("netns", "add", name)
+            ip("netns", "add", name)
         self._control, theirs = multiprocessing.Pipe()
         # Spawned: a copy of this process would hold this end of the pipe open, and never see it closed.
         self._switch = multiprocessing.get_context("spawn").Process(
@@ -116,10 +95,10 @@ class DistantNetwork:
         if refused is not None:
             raise RuntimeError(refused)
         for index, name in enumerate(self._names):
-            _ip("-n", name, "link", "set", "lo", "up")
-            _ip("-n", name, "link", "set", "eth0", "address", f"02:00:00:00:00:{index:02x}")
-            _ip("-n", name, "address", "add", f"{self.address(index)}/24", "dev", "eth0")
-            _ip("-n", name, "link", "set", "eth0", "up")
+            ip("-n", name, "link", "set", "lo", "up")
+            ip("-n", name, "link", "set", "eth0", "address", f"02:00:00:00:00:{index:02x}")
+            ip("-n", name, "address", "add", f"{self.address(index)}/24", "dev", "eth0")
+            ip("-n", name, "link", "set", "eth0", "up")
 
     def _remove(self) -> None:
         if self._control is not None:
@@ -127,8 +106,7 @@ class DistantNetwork:
         if self._switch is not None:
             self._switch.join(START_LIMIT_S)
             self._switch.kill()
-        for name in self._names:
-            subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
+        remove(self._names)
 
 
 def _switch(names: list[str], control: Connection) -> None:
@@ -182,17 +160,10 @@ def _hand_on(frame: bytes, sender: int, taps: list[int]) -> None:
 
 def _tap(name: str) -> int:
     """The descriptor behind `eth0` of a namespace, for one frame a read or write. The interface goes with it."""
-    _enter(name)
+    enter(name)
     tap = os.open(_TUN, os.O_RDWR | os.O_NONBLOCK)
     fcntl.ioctl(tap, _TUNSETIFF, struct.pack("16sH22x", b"eth0", _IFF_TAP | _IFF_NO_PI))
     return tap
-
-
-def _enter(name: str) -> None:
-    """Move the calling thread into a namespace."""
-    with Path("/run/netns", name).open("rb") as file:
-        if ctypes.CDLL(None, use_errno=True).setns(file.fileno(), _CLONE_NEWNET) != 0:
-            raise OSError(ctypes.get_errno(), f"cannot enter the network namespace {name}")
 
 
 def _refused_s(address: str) -> float:
@@ -202,9 +173,3 @@ def _refused_s(address: str) -> float:
     except ConnectionRefusedError:
         return time.perf_counter() - began_s
     raise RuntimeError(f"somebody listens at {address} port {CLOSED_PORT}")
-
-
-def _ip(*arguments: str) -> None:
-    done = subprocess.run(["ip", *arguments], capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        raise RuntimeError(f"ip {' '.join(arguments)}: {done.stderr.strip()}")

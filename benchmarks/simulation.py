@@ -109,7 +109,7 @@ def main() -> int:
     parser.add_argument("which", choices=[*SCENARIOS, "all"])
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--hours", type=float, help="simulate so long instead")
-    parser.add_argument("--priority", type=float, default=0.0, help="for this share of answers, another chain stands by")
+    parser.add_argument("--priority", type=float, default=0.0, help="another chain stands by for this share of answers")
     arguments = parser.parse_args()
     table = Table(
         "run", "fleet", "sessions", "refused", "lost / altered", "stalls", "of all", "broken", "steps", "wall time"

@@ -18,8 +18,7 @@ first ratio is what a user pays, the second what Fallow's own work costs.
 Method: all services run throughout and idle between turns. A round runs every contender once, in an order drawn from a
 seed; a ratio is the median of the rounds' ratios, and above 1 means that the stack is faster than the bare engine.
 Decode speed is counted from the first token to the last, wall clock, so a busy machine blurs single rounds. Each API
-run has a key of its own, so that no kept cache helps. This process has the workers' environment, and reads events with
-`http.client`: the streams' client shares the cores with what is measured.
+run has a key of its own, so that no kept cache helps. This process has the workers' environment.
 
 After the rounds, eight streams once more: the processor time that each process takes for a token, prompts included.
 
@@ -28,7 +27,6 @@ Results: tables, and JSON in `benchmarks/results/stack.json`.
 
 import argparse
 import contextlib
-import http.client
 import json
 import os
 import random
@@ -36,12 +34,11 @@ import statistics
 import sys
 import tempfile
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import psutil
+from event_stream import Streamed, ask
 from rich.console import Console
 from rich.table import Table
 from stack_yardsticks import Bare, bare_chain
@@ -81,46 +78,19 @@ class Stack:
 
     def run(self, streams: int, tokens: int) -> float:
         """As `Bare.run`. Streams start together; each counts its own span of time."""
-        spans: list[tuple[float, float, int]] = []
+        answers: list[Streamed] = []
 
-        def ask(key: str) -> None:
-            spans.append(self._stream(key, tokens))
+        def one(key: str) -> None:
+            answers.append(ask(self._service.api_url, key, self._model, PROMPT, tokens, {"temperature": 0}))
 
-        threads = [threading.Thread(target=ask, args=(self._keys.pop(),)) for _ in range(streams)]
+        threads = [threading.Thread(target=one, args=(self._keys.pop(),)) for _ in range(streams)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
-        if len(spans) != streams:
+        if len(answers) != streams:
             raise RuntimeError("a stream failed")
-        return sum(count / (last - first) for first, last, count in spans)
-
-    def _stream(self, key: str, tokens: int) -> tuple[float, float, int]:
-        body = {
-            "model": self._model,
-            "messages": [{"role": "user", "content": PROMPT}],
-            "temperature": 0,
-            "max_tokens": tokens + 1,
-            "stream": True,
-            "stream_options": {"include_usage": True},
-        }
-        at_s: list[float] = []
-        count = 0
-        connection = http.client.HTTPConnection(urlsplit(self._service.api_url).netloc, timeout=300)
-        headers = {"authorization": f"Bearer {key}", "content-type": "application/json"}
-        connection.request("POST", "/v1/chat/completions", json.dumps(body), headers)
-        with contextlib.closing(connection), connection.getresponse() as reply:
-            if reply.status != http.client.OK:
-                raise RuntimeError(reply.read().decode())
-            for line in reply:
-                if not line.startswith(b"data: {"):
-                    continue
-                event = json.loads(line.removeprefix(b"data: "))
-                if event["choices"] and event["choices"][0]["delta"].get("content"):
-                    at_s.append(time.perf_counter())
-                elif event.get("usage"):
-                    count = event["usage"]["completion_tokens"]
-        return at_s[0], at_s[-1], count - 1
+        return sum(1 / answer.token_s for answer in answers)
 
 
 def processor_ms(service: LocalService, run: Callable[[int, int], float], tokens: int) -> dict[str, float]:

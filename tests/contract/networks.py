@@ -118,6 +118,20 @@ class TestNetwork:
         return self.held(self.registrar, text)
 
 
+@asynccontextmanager
+async def bus_server(adapter: str, state: Path, network: TestNetwork | None) -> AsyncIterator[Broker | None]:
+    """The bus server of an adapter: none in memory, and with passports where there is a network."""
+    if adapter == "memory":
+        yield None
+        return
+    broker = Broker(state / "broker", trust=None if network is None else network.bus_trust())
+    await broker.start()
+    try:
+        yield broker
+    finally:
+        await broker.close()
+
+
 class TrustedRig:
     """A trusted server, and everybody's way in."""
 

@@ -5,8 +5,8 @@ import os
 import signal
 import sys
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 
 import pytest
@@ -21,7 +21,7 @@ from fallow.fabric.memory import MemoryFabric
 from fallow.fabric.nats_bus import NatsBus
 from fallow.fabric.nats_client import settle
 from fallow.trust.passports import Held
-from tests.contract.networks import TestNetwork
+from tests.contract.networks import TestNetwork, bus_server
 from tests.unit.fabric.support import eventually, node_id
 
 PILED_UP_BYTES = 2 << 20
@@ -85,18 +85,34 @@ class Rig:
 @asynccontextmanager
 async def rig(adapter: str, state: Path) -> AsyncIterator[Rig]:
     network = TestNetwork() if adapter == "trusted" else None
-    trust = None if network is None else network.bus_trust()
-    broker = None if adapter == "memory" else Broker(state / "broker", trust=trust)
-    if broker is not None:
-        await broker.start()
-    made = Rig(MemoryFabric() if broker is None else None, broker, network)
+    async with bus_server(adapter, state, network) as broker:
+        made = Rig(MemoryFabric() if broker is None else None, broker, network)
+        try:
+            yield made
+        finally:
+            for bus in made.buses:
+                await bus.close()
+
+
+@asynccontextmanager
+async def on_nats(adapter: str, state: Path) -> AsyncIterator[tuple[NatsBus, Broker]]:
+    """A bus on a real server, and the server."""
+    async with rig(adapter, state) as r:
+        bus = await r.connect()
+        assert isinstance(bus, NatsBus)
+        assert r.broker is not None
+        yield bus, r.broker
+
+
+@contextmanager
+def silent(broker: Broker) -> Iterator[None]:
+    """The server is there, and says nothing."""
+    assert broker.pid is not None
+    os.kill(broker.pid, signal.SIGSTOP)
     try:
-        yield made
+        yield
     finally:
-        for bus in made.buses:
-            await bus.close()
-        if broker is not None:
-            await broker.close()
+        os.kill(broker.pid, signal.SIGCONT)
 
 
 def collect(into: list[tuple[str, bytes]]) -> Callable:  # type: ignore[type-arg]
@@ -264,12 +280,9 @@ def test_a_bus_that_is_gone_is_left_at_once_with_what_was_still_to_be_said(adapt
         pytest.skip("it is never gone for good")
 
     async def main() -> None:
-        async with rig(adapter, tmp_path) as r:
-            bus = await r.connect()
-            assert isinstance(bus, NatsBus)
-            assert r.broker is not None
+        async with on_nats(adapter, tmp_path) as (bus, broker):
             subscription = await bus.subscribe("s", collect([]))
-            await r.broker.close()
+            await broker.close()
             await eventually(lambda: not bus.connected)
             await bus.publish("s", b"last words")
             began_s = time.monotonic()
@@ -289,19 +302,12 @@ def test_a_bus_that_falls_silent_is_left_within_seconds_with_much_still_to_be_sa
         monkeypatch.setattr(nats_client, limit, 0.2)
 
     async def main() -> None:
-        async with rig(adapter, tmp_path) as r:
-            bus = await r.connect()
-            assert isinstance(bus, NatsBus)
-            assert r.broker is not None
-            assert r.broker.pid is not None
-            os.kill(r.broker.pid, signal.SIGSTOP)
-            try:
+        async with on_nats(adapter, tmp_path) as (bus, broker):
+            with silent(broker):
                 while bus.client.pending_data_size < PILED_UP_BYTES:  # the kernels take some in
                     await bus.publish("s", bytes(MAX_BUS_MESSAGE_BYTES))
                     await asyncio.sleep(0)
                 await asyncio.wait_for(bus.close(), 1.0)
-            finally:
-                os.kill(r.broker.pid, signal.SIGCONT)
 
     asyncio.run(main())
 
@@ -312,9 +318,7 @@ def test_who_is_cancelled_as_the_answer_comes_ends(adapter: str, call: str, tmp_
         pytest.skip("it is about nats-py")
 
     async def main() -> None:
-        async with rig(adapter, tmp_path) as r:
-            bus = await r.connect()
-            assert isinstance(bus, NatsBus)
+        async with on_nats(adapter, tmp_path) as (bus, _):
             client = bus.client
             answers = {"request": lambda: [*client._resp_map.values()], "flush": lambda: client._pongs}[call]
 
@@ -338,21 +342,14 @@ def test_who_is_cancelled_while_too_much_waits_to_be_sent_ends(adapter: str, tmp
         pytest.skip("it is about nats-py")
 
     async def main() -> None:
-        async with rig(adapter, tmp_path) as r:
-            bus = await r.connect()
-            assert isinstance(bus, NatsBus)
-            assert r.broker is not None
-            assert r.broker.pid is not None
-            os.kill(r.broker.pid, signal.SIGSTOP)
-            try:
+        async with on_nats(adapter, tmp_path) as (bus, broker):
+            with silent(broker):
                 task = asyncio.create_task(_publish_for_ever(bus))
                 while bus.client.pending_data_size <= nats_client.UNSENT_BYTES_MAX:
                     await asyncio.sleep(0)
                 task.cancel()
                 await asyncio.wait([task], timeout=1)
                 assert task.cancelled()
-            finally:
-                os.kill(r.broker.pid, signal.SIGCONT)
 
     asyncio.run(main())
 

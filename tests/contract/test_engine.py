@@ -188,9 +188,11 @@ def test_a_step_that_draws_its_row_computes_just_that_token(each, temperature):
         asked = (drawn_step(session, end + nth, nth, temperature=temperature) for nth in range(6))
         first, *after = await asyncio.gather(prompt, *map(world.engine.step, asked))
         results = [await world.push(other, 0, PROMPT, logits_from=end - 1, top_k=5)]
+        assert first.drawn is None
         for nth in range(6):
             drawn = drawn_step(session, end + nth, nth, temperature=temperature).drawn
             token = int.from_bytes(drawn_token(results[-1], drawn), "little")
+            assert after[nth].drawn == token, "it says which one"
             results.append(await world.push(other, end + nth, [token], Phase.DECODE, logits_from=end + nth, top_k=5))
         assert [bytes(each.payload) for each in (first, *after)] == [bytes(each.payload) for each in results]
         await world.engine.free(session)

@@ -18,7 +18,7 @@ from fallow.fabric.memory import MemoryFabric
 from fallow.fabric.memory_lease import MemoryLeases
 from fallow.fabric.nats_bus import NatsBus
 from fallow.fabric.nats_lease import NatsLease
-from tests.contract.networks import TestNetwork, person
+from tests.contract.networks import TestNetwork, bus_server, person
 from tests.unit.fabric.support import eventually
 
 ADAPTERS = ["memory", "nats", "trusted"]
@@ -74,17 +74,12 @@ class Rig:
 async def rig(adapter: str, state: Path, network: TestNetwork | None = None) -> AsyncIterator[Rig]:
     if adapter == "trusted" and network is None:
         network = TestNetwork()
-    trust = None if network is None else network.bus_trust()
-    broker = None if adapter == "memory" else Broker(state / "broker", trust=trust)
-    if broker is not None:
-        await broker.start()
-    made = Rig(MemoryFabric() if broker is None else None, broker, network)
-    try:
-        yield made
-    finally:
-        await made.close()
-        if broker is not None:
-            await broker.close()
+    async with bus_server(adapter, state, network) as broker:
+        made = Rig(MemoryFabric() if broker is None else None, broker, network)
+        try:
+            yield made
+        finally:
+            await made.close()
 
 
 async def insist(key: LeaseKey, value: bytes, after: int) -> int | None:

@@ -11,11 +11,10 @@ from fallow.domain.credentials import Role
 from fallow.domain.errors import LinkClosed, PassportRefused
 from fallow.domain.fleet import Subjects
 from fallow.domain.frames import PeerAddress, Rows
-from fallow.fabric.broker import Broker
 from fallow.fabric.local_handshake import Identity as LinkIdentity
 from fallow.fabric.nats_bus import NatsBus
 from fallow.fabric.sealed_endpoint import RelayEndpoint
-from tests.contract.networks import CELL, TestNetwork, person
+from tests.contract.networks import CELL, TrustedRig, person, trusted_rig
 from tests.unit.fabric.support import rows
 
 ALICE, BOB, EVE = (person(name) for name in ("alice", "bob", "eve"))
@@ -24,14 +23,11 @@ ALICE, BOB, EVE = (person(name) for name in ("alice", "bob", "eve"))
 class Cell:
     """A trusted bus."""
 
-    def __init__(self, network: TestNetwork, broker: Broker) -> None:
-        self._network, self._broker = network, broker
-        self.buses: list[NatsBus] = []
+    def __init__(self, rig: TrustedRig) -> None:
+        self._rig = rig
 
     async def join(self, name: str, role: Role = Role.NODE) -> NatsBus:
-        who = person(name)
-        self.buses.append(await NatsBus.connect(self._broker.urls, who.node, self._network.member(who, role)))
-        return self.buses[-1]
+        return await self._rig.join(self._rig.network.member(person(name), role))
 
     async def relay(self, name: str, role: Role) -> RelayEndpoint:
         return await RelayEndpoint.open(await self.join(name, role), CELL, person(name).seed)
@@ -39,16 +35,8 @@ class Cell:
 
 @asynccontextmanager
 async def cell(state: Path) -> AsyncIterator[Cell]:
-    network = TestNetwork()
-    broker = Broker(state / "broker", trust=network.bus_trust())
-    await broker.start()
-    made = Cell(network, broker)
-    try:
-        yield made
-    finally:
-        for bus in made.buses:
-            await bus.close()
-        await broker.close()
+    async with trusted_rig(state) as rig:
+        yield Cell(rig)
 
 
 @pytest.mark.parametrize(

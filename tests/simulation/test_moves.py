@@ -7,6 +7,7 @@ Method: the real token source, chains, links and relays on virtual time; the coo
 import asyncio
 from itertools import pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 from fallow.domain.errors import UnknownModel
 from fallow.domain.ids import Digest, SessionId
@@ -63,6 +64,31 @@ async def timed(
     return tokens, longest_s
 
 
+class Running(NamedTuple):
+    """An answer on its way."""
+
+    conversation: FleetConversation
+    expected: list[int]
+    answer: "asyncio.Task[tuple[list[int], float]]"
+
+    async def longest_gap_s(self) -> float:
+        """When it has ended, with the tokens of the undisturbed one."""
+        tokens, longest_s = await self.answer
+        assert tokens == self.expected
+        return longest_s
+
+
+async def under_way(
+    fleet: Fleet, source: FleetTokenSource, model: Digest, count: int, between_s: float = 0.0
+) -> Running:
+    """An answer whose first tokens are there, after the same one without any trouble."""
+    expected = await undisturbed(source, model, count)
+    conversation = await source.open(model, PROMPT, 500, 1, "alice")
+    task = asyncio.create_task(timed(fleet, conversation, count, between_s))
+    await asyncio.sleep(0.2)
+    return Running(conversation, expected, task)
+
+
 async def undisturbed(source: FleetTokenSource, model: Digest, count: int) -> list[int]:
     conversation = await source.open(model, PROMPT, 500, 1, "alice")
     tokens = await answer(conversation, count)
@@ -72,21 +98,16 @@ async def undisturbed(source: FleetTokenSource, model: Digest, count: int) -> li
 
 def test_a_conversation_moves_before_its_device_leaves(tmp_path: Path) -> None:
     async def test(fleet: Fleet, source: FleetTokenSource, model: Digest) -> None:
-        expected = await undisturbed(source, model, 120)
-        conversation = await source.open(model, PROMPT, 500, 1, "alice")
-        before = conversation.chain.session
-        task = asyncio.create_task(timed(fleet, conversation, 120))
-        await asyncio.sleep(0.2)
+        running = await under_way(fleet, source, model, 120)
+        before = running.conversation.chain.session
         fleet.nodes[LEAVER].relay.drain()
         while fleet.nodes[LEAVER].relay.session_count:
             await asyncio.sleep(0.01)
         fleet.nodes[LEAVER].kill()
-        tokens, longest_s = await task
-        assert tokens == expected
-        assert longest_s < 0.1, "neither the leave nor the end of the device is noticed"
-        assert conversation.chain.session != before
-        assert (conversation.chain.repairs, sessions_on(fleet)) == (1, [1, 0, 1, 1])
-        await conversation.close(keep=False)
+        assert await running.longest_gap_s() < 0.1, "neither the leave nor the end of the device is noticed"
+        assert running.conversation.chain.session != before
+        assert (running.conversation.chain.repairs, sessions_on(fleet)) == (1, [1, 0, 1, 1])
+        await running.conversation.close(keep=False)
         await asyncio.sleep(0.1)
         assert sessions_on(fleet) == [0, 0, 0, 0]
 
@@ -95,15 +116,11 @@ def test_a_conversation_moves_before_its_device_leaves(tmp_path: Path) -> None:
 
 def test_a_device_that_goes_before_its_sessions_have_moved_is_repaired_around(tmp_path: Path) -> None:
     async def test(fleet: Fleet, source: FleetTokenSource, model: Digest) -> None:
-        expected = await undisturbed(source, model, 120)
-        conversation = await source.open(model, PROMPT, 500, 1, "alice")
-        task = asyncio.create_task(timed(fleet, conversation, 120))
-        await asyncio.sleep(0.2)
+        running = await under_way(fleet, source, model, 120)
         fleet.nodes[LEAVER].relay.drain()
         fleet.nodes[LEAVER].kill()
-        tokens, _ = await task
-        assert tokens == expected
-        await conversation.close(keep=False)
+        await running.longest_gap_s()
+        await running.conversation.close(keep=False)
         await asyncio.sleep(0.1)
         assert sessions_on(fleet)[SPARE] == 0
 
@@ -112,16 +129,11 @@ def test_a_device_that_goes_before_its_sessions_have_moved_is_repaired_around(tm
 
 def test_an_answer_goes_on_where_there_are_no_other_devices_until_its_device_is_gone(tmp_path: Path) -> None:
     async def test(fleet: Fleet, source: FleetTokenSource, model: Digest) -> None:
-        expected = await undisturbed(source, model, 60)
-        conversation = await source.open(model, PROMPT, 500, 1, "alice")
-        task = asyncio.create_task(timed(fleet, conversation, 60))
-        await asyncio.sleep(0.2)
+        running = await under_way(fleet, source, model, 60)
         fleet.nodes[LEAVER].relay.drain()
-        tokens, longest_s = await task
-        assert tokens == expected
-        assert longest_s < 0.1
-        assert conversation.chain.repairs == 0
-        await conversation.close(keep=False)
+        assert await running.longest_gap_s() < 0.1
+        assert running.conversation.chain.repairs == 0
+        await running.conversation.close(keep=False)
         await asyncio.sleep(0.1)
         assert sessions_on(fleet) == [0, 0, 0]
 
@@ -130,42 +142,32 @@ def test_an_answer_goes_on_where_there_are_no_other_devices_until_its_device_is_
 
 def test_a_move_is_tried_again_until_there_is_a_device_to_move_to(tmp_path: Path) -> None:
     async def test(fleet: Fleet, source: FleetTokenSource, model: Digest) -> None:
-        expected = await undisturbed(source, model, 60)
         fleet.nodes[SPARE].alive = False
-        conversation = await source.open(model, PROMPT, 500, 1, "alice")
-        task = asyncio.create_task(timed(fleet, conversation, 60, between_s=0.1))
-        await asyncio.sleep(0.2)
+        running = await under_way(fleet, source, model, 60, between_s=0.1)
         fleet.nodes[LEAVER].relay.drain()
         await asyncio.sleep(2.0)
         fleet.nodes[SPARE].alive = True
         await asyncio.sleep(2.0)
         fleet.nodes[LEAVER].kill()
-        tokens, longest_s = await task
-        assert tokens == expected
-        assert longest_s < 0.1
+        assert await running.longest_gap_s() < 0.1
         assert repairs_of(source) == []
-        await conversation.close(keep=False)
+        await running.conversation.close(keep=False)
 
     with_fleet(tmp_path, test, pieces=(A, B, C, B))
 
 
 def test_a_move_has_kept_conversations_make_room(tmp_path: Path) -> None:
     async def test(fleet: Fleet, source: FleetTokenSource, model: Digest) -> None:
-        expected = await undisturbed(source, model, 60)
         kept = await source.open(model, list(range(100, 160)), 500, 1, "bob")
         await answer(kept, 2)
         await kept.close(keep=True)
-        conversation = await source.open(model, PROMPT, 500, 1, "alice")
-        task = asyncio.create_task(timed(fleet, conversation, 60, between_s=0.1))
-        await asyncio.sleep(0.2)
+        running = await under_way(fleet, source, model, 60, between_s=0.1)
         fleet.nodes[LEAVER].relay.drain()
         await asyncio.sleep(2.0)
         fleet.nodes[LEAVER].kill()
-        tokens, longest_s = await task
-        assert tokens == expected
-        assert longest_s < 0.1
+        assert await running.longest_gap_s() < 0.1
         assert repairs_of(source) == []
-        await conversation.close(keep=False)
+        await running.conversation.close(keep=False)
 
     with_fleet(tmp_path, test, pieces=(A, B, C, B), kv_budget_bytes=int(2.5 * 560 * KV_BYTES_PER_TOKEN_AND_STAGE))
 
@@ -225,20 +227,15 @@ def test_a_chain_in_trouble_waits_for_a_move_that_is_nearly_ready(tmp_path: Path
 
 def test_a_move_that_has_hardly_begun_ends_before_the_repair_which_has_its_room(tmp_path: Path) -> None:
     async def test(fleet: Fleet, source: FleetTokenSource, model: Digest) -> None:
-        expected = await undisturbed(source, model, 60)
         fleet.nodes[SPARE].engine._kv_budget_bytes = int(1.5 * 560 * KV_BYTES_PER_TOKEN_AND_STAGE)
-        conversation = await source.open(model, PROMPT, 500, 1, "alice")
-        task = asyncio.create_task(timed(fleet, conversation, 60))
-        await asyncio.sleep(0.2)
+        running = await under_way(fleet, source, model, 60)
         fleet.nodes[LEAVER].relay.drain()
         while not sessions_on(fleet)[SPARE]:
             await asyncio.sleep(0.001)
         fleet.nodes[LEAVER].kill()
-        tokens, longest_s = await task
-        assert tokens == expected
-        assert longest_s < 1.0
+        assert await running.longest_gap_s() < 1.0
         assert len(repairs_of(source)) == 1
-        await conversation.close(keep=False)
+        await running.conversation.close(keep=False)
         await asyncio.sleep(0.1)
         assert_nothing_left(fleet, source)
 
@@ -271,10 +268,7 @@ def test_a_repair_that_keeps_the_device_that_leaves_is_followed_by_another_move(
         def alive() -> dict[int, int]:
             return {index: node.relay.session_count for index, node in enumerate(fleet.nodes) if node.alive}
 
-        expected = await undisturbed(source, model, 60)
-        conversation = await source.open(model, PROMPT, 500, 1, "alice")
-        task = asyncio.create_task(timed(fleet, conversation, 60, between_s=0.1))
-        await asyncio.sleep(0.2)
+        running = await under_way(fleet, source, model, 60, between_s=0.1)
         fleet.nodes[SPARE].engine.hang()
         fleet.nodes[LEAVER].relay.drain()
         await asyncio.sleep(0.05)
@@ -287,11 +281,9 @@ def test_a_repair_that_keeps_the_device_that_leaves_is_followed_by_another_move(
         assert alive() == {0: 1, LEAVER: 0, SPARE: 1, 4: 1}, "it has moved"
         repairs = repairs_of(source)
         fleet.nodes[LEAVER].kill()
-        tokens, longest_s = await task
-        assert tokens == expected
-        assert longest_s < 0.5
+        assert await running.longest_gap_s() < 0.5
         assert repairs_of(source) == repairs, "the end of the device is not noticed"
-        await conversation.close(keep=False)
+        await running.conversation.close(keep=False)
         await asyncio.sleep(0.1)
         assert_nothing_left(fleet, source)
 
@@ -300,10 +292,7 @@ def test_a_repair_that_keeps_the_device_that_leaves_is_followed_by_another_move(
 
 def test_two_devices_that_leave_at_once_are_left_in_one_move(tmp_path: Path) -> None:
     async def test(fleet: Fleet, source: FleetTokenSource, model: Digest) -> None:
-        expected = await undisturbed(source, model, 120)
-        conversation = await source.open(model, PROMPT, 500, 1, "alice")
-        task = asyncio.create_task(timed(fleet, conversation, 120))
-        await asyncio.sleep(0.2)
+        running = await under_way(fleet, source, model, 120)
         for leaver in (LEAVER, 2):
             fleet.nodes[leaver].relay.drain()
             fleet.nodes[leaver].relay.drain()
@@ -311,12 +300,10 @@ def test_two_devices_that_leave_at_once_are_left_in_one_move(tmp_path: Path) -> 
             await asyncio.sleep(0.01)
         for leaver in (LEAVER, 2):
             fleet.nodes[leaver].kill()
-        tokens, longest_s = await task
-        assert tokens == expected
-        assert longest_s < 0.1
+        assert await running.longest_gap_s() < 0.1
         assert sum("moved to" in event for event in source.events) == 1
-        assert not any(conversation.chain.session[:8] not in event for event in repairs_of(source))
-        await conversation.close(keep=False)
+        assert not any(running.conversation.chain.session[:8] not in event for event in repairs_of(source))
+        await running.conversation.close(keep=False)
         await asyncio.sleep(0.1)
         assert_nothing_left(fleet, source)
 
@@ -325,20 +312,15 @@ def test_two_devices_that_leave_at_once_are_left_in_one_move(tmp_path: Path) -> 
 
 def test_a_device_that_is_moved_to_leaves_as_well(tmp_path: Path) -> None:
     async def test(fleet: Fleet, source: FleetTokenSource, model: Digest) -> None:
-        expected = await undisturbed(source, model, 120)
-        conversation = await source.open(model, PROMPT, 500, 1, "alice")
-        task = asyncio.create_task(timed(fleet, conversation, 120))
-        await asyncio.sleep(0.2)
+        running = await under_way(fleet, source, model, 120)
         fleet.nodes[SPARE].engine.hang()
         fleet.nodes[LEAVER].relay.drain()
         await asyncio.sleep(0.05)
         assert sessions_on(fleet) == [2, 1, 2, 1, 0], "the move is under way"
         fleet.nodes[SPARE].relay.drain()
-        tokens, longest_s = await task
-        assert tokens == expected
-        assert longest_s < 0.1
-        assert fleet.nodes[4].id in conversation.chain.nodes()
-        await conversation.close(keep=False)
+        assert await running.longest_gap_s() < 0.1
+        assert fleet.nodes[4].id in running.conversation.chain.nodes()
+        await running.conversation.close(keep=False)
         await asyncio.sleep(0.1)
         assert_nothing_left(fleet, source)
 

@@ -70,6 +70,8 @@ class Stepped(msgspec.Struct, frozen=True, kw_only=True):
     logit_count: int
     k: int | None
     compute_s: float
+    drawn: int | None = None
+    """The token of a row that the step drew itself."""
 
 
 class EngineLoad(msgspec.Struct, frozen=True, kw_only=True):

@@ -177,7 +177,7 @@ class EngineCore:
                 if isinstance(head, Rewind):
                     self._do_rewind(session, head)
                 else:
-                    head.rows = self._check(session, head.step)
+                    head.rows = self._check(session, head)
                     if head.step.phase is Phase.DECODE and (head.step.count == 1 or not session.hosted.replays):
                         self._decoding[session.id] = session
                     else:
@@ -193,8 +193,9 @@ class EngineCore:
         session.position, session.last = rewind.position, None
         self._outcomes.append((rewind.ticket, None))
 
-    def _check(self, session: Session, step: Step) -> Array:
+    def _check(self, session: Session, run: Run) -> Array:
         """Refuse a step that does not fit its session, or give its input rows `[count, H]`."""
+        step = run.step
         if not 0 < step.count <= MAX_ROWS_PER_FRAME:
             raise EngineError(f"a step has 1 to {MAX_ROWS_PER_FRAME} rows, not {step.count}")
         if step.position != session.position:
@@ -209,7 +210,7 @@ class EngineCore:
             _check_result_size(step, hosted.config.vocab_size)
         dtype = np.dtype(np.int32) if session.takes_tokens else hosted.wire
         width = 1 if session.takes_tokens else hosted.config.hidden_size
-        payload = session.payload_of(step)
+        payload = session.payload_of(run)
         wanted, got = step.count * width * dtype.itemsize, memoryview(payload).nbytes
         if wanted != got:
             raise EngineError(f"{step.count} rows for {session.span} are {wanted} bytes, not {got}")

@@ -185,9 +185,11 @@ class MemoryEngine:
         held = self._held(step.session)
         waiter: asyncio.Future[Stepped] = asyncio.get_running_loop().create_future()
         before, held.last = held.last, waiter
+        token = None
         try:
             if step.drawn is not None:
-                step = await self._with_row(before, step, step.drawn)
+                token = await self._drawn(before, step.drawn)
+                step = msgspec.structs.replace(step, payload=token, drawn=None)
             _check(held, step)
         except FallowError:
             waiter.cancel()  # for those that wait to draw their rows from it
@@ -195,10 +197,11 @@ class MemoryEngine:
             raise
         self._ready.append((step, waiter))
         self._wake.set()
-        return await waiter
+        stepped = await waiter
+        return stepped if token is None else msgspec.structs.replace(stepped, drawn=int.from_bytes(token, "little"))
 
-    async def _with_row(self, before: "asyncio.Future[Stepped] | None", step: Step, drawn: Drawn) -> Step:
-        """A step that draws its row, once the one before it is done."""
+    async def _drawn(self, before: "asyncio.Future[Stepped] | None", drawn: Drawn) -> bytes:
+        """The row of a step that draws it, once the one before it is done."""
         token = None
         if before is not None:
             await asyncio.wait((before,))
@@ -207,7 +210,7 @@ class MemoryEngine:
             token = drawn_token(before.result(), drawn) if done else None
         if token is None:
             raise EngineError("nothing follows the last step")
-        return msgspec.structs.replace(step, payload=token, drawn=None)
+        return token
 
     async def rewind(self, session: SessionId, position: int) -> None:
         self._alive()

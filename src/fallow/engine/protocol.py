@@ -7,7 +7,7 @@ is alive while a long step goes on. Nothing is pickled; each side decodes only t
 
 import struct
 from collections.abc import Iterator
-from typing import Generic, TypeVar
+from typing import Annotated, Generic, TypeVar
 
 import msgspec
 
@@ -21,6 +21,8 @@ PREFIX = struct.Struct("<II")
 MAX_HEADER_BYTES = 64 << 20
 """A load carries a manifest with the digest of every chunk of every file: 64 MiB is 500 GB of weights."""
 MAX_PAYLOAD_BYTES = MAX_FRAME_BYTES
+Token = Annotated[int, msgspec.Meta(ge=0, lt=1 << 31)]
+"""As rows carry it: an int32."""
 
 Payload = bytes | bytearray | memoryview
 
@@ -121,6 +123,7 @@ class Computed(Reply, frozen=True, tag="computed"):
     logit_count: int
     k: int | None
     compute_s: float
+    drawn: Token | None = None
 
 
 class Failed(Reply, frozen=True, tag="failed"):
@@ -220,4 +223,14 @@ def step_of(run: Run, payload: Payload) -> Step:
 
 
 def stepped_of(computed: Computed, payload: Payload) -> Stepped:
-    return Stepped(payload=payload, logit_count=computed.logit_count, k=computed.k, compute_s=computed.compute_s)
+    return Stepped(
+        payload=payload,
+        logit_count=computed.logit_count,
+        k=computed.k,
+        compute_s=computed.compute_s,
+        drawn=computed.drawn,
+    )
+
+
+def computed_of(ticket: int, stepped: Stepped) -> Computed:
+    return Computed(ticket, stepped.logit_count, stepped.k, stepped.compute_s, stepped.drawn)

@@ -24,12 +24,14 @@ Array = NDArray[Any]
 class Run:
     """A step on its way: rows done so far, and what has come out."""
 
-    __slots__ = ("compute_s", "done", "faulty", "hidden", "ids", "log_probabilities", "rows", "step", "ticket")
+    __slots__ = ("compute_s", "done", "drawn", "faulty", "hidden", "ids", "log_probabilities", "rows", "step", "ticket")
 
     def __init__(self, ticket: int, step: Step) -> None:
         self.ticket = ticket
         self.step = step
         self.rows: Array | None = None
+        self.drawn: int | None = None
+        """The token of its row, when it drew that."""
         self.done = 0
         self.compute_s = 0.0
         self.faulty = False
@@ -59,6 +61,7 @@ class Run:
             logit_count=len(self.log_probabilities),
             k=None if self.step.top_k is None else min(self.step.top_k, vocab_size),
             compute_s=self.compute_s,
+            drawn=self.drawn,
         )
 
 
@@ -97,13 +100,15 @@ class Session:
         self.last: Stepped | None = None
         """What its newest step led to."""
 
-    def payload_of(self, step: Step) -> bytes | bytearray | memoryview:
-        """A step's rows, drawn where they are to be. Raises `EngineError`."""
-        if step.drawn is None:
-            return step.payload
-        token = drawn_token(self.last, step.drawn) if self.takes_tokens and self.last is not None else None
+    def payload_of(self, run: Run) -> bytes | bytearray | memoryview:
+        """A step's rows, drawn where they are to be, which the run then says. Raises `EngineError`."""
+        drawn = run.step.drawn
+        if drawn is None:
+            return run.step.payload
+        token = drawn_token(self.last, drawn) if self.takes_tokens and self.last is not None else None
         if token is None:
             raise EngineError(f"nothing follows the last step of session {self.id}")
+        run.drawn = int.from_bytes(token, "little")
         return token
 
     @property

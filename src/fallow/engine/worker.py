@@ -183,8 +183,7 @@ class _Worker:
             if outcome is None:
                 self._post(protocol.Done(ticket, core.session_count, core.budget.free_bytes))
             elif isinstance(outcome, Stepped):
-                computed = protocol.Computed(ticket, outcome.logit_count, outcome.k, outcome.compute_s)
-                self._post(computed, outcome.payload)
+                self._post(protocol.computed_of(ticket, outcome), outcome.payload)
             else:
                 self._post(protocol.Failed(ticket, outcome.code, outcome.message))
 

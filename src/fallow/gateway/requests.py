@@ -147,10 +147,10 @@ def _plan(request: CommonRequest, max_new_tokens: int | None, top_logprobs: int 
 
 
 def _tier(named: str | None) -> ServiceTier | None:
-    """OpenAI's other tiers are no different from its default one here."""
+    """`fast` is OpenAI's other name for `priority`; its other tiers are no different from the default one here."""
     if named is None:
         return None
-    return ServiceTier.PRIORITY if named == ServiceTier.PRIORITY else ServiceTier.DEFAULT
+    return ServiceTier.PRIORITY if named in ("priority", "fast") else ServiceTier.DEFAULT
 
 
 def _sampling(request: CommonRequest) -> SamplingParams:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from fallow.domain.model import ModelConfig, Quantisation
 from fallow.models.quantise import dequantise
-from fallow.models.reference import attend, rms_norm, rope_frequencies, rotate
+from fallow.models.reference import attend, rms_norm, rope_frequencies, rotate, split_heads
 from fallow.models.tensors import Part, Tensors, matrix_quantisation, open_tensors
 
 BLOCK_ELEMENTS = 1 << 21
@@ -67,14 +67,7 @@ def _attention(
     config: ModelConfig, tensors: Tensors, stored: Quantisation, rows: Floats, sequences: Sequences
 ) -> Floats:
     normed = rms_norm(rows, tensors["attention_norm"], config.norm_epsilon)
-    packed = product(tensors, "qkv", stored, normed)
-    if config.qkv_bias:
-        packed = packed + tensors["qkv_bias"]
-    heads = packed.reshape(len(rows), -1, config.head_dim)
-    query, key, value = np.split(heads, [config.head_count, config.head_count + config.kv_head_count], axis=1)
-    if config.qk_norm:
-        query = rms_norm(query, tensors["q_norm"], config.norm_epsilon)
-        key = rms_norm(key, tensors["k_norm"], config.norm_epsilon)
+    query, key, value = split_heads(config, tensors, product(tensors, "qkv", stored, normed))
     query, key = (rotate(part, sequences.cosine, sequences.sine) for part in (query, key))
     mixed = [attend(query[a:b], key[a:b], value[a:b]) for a, b in sequences.edges]
     return product(tensors, "attention_out", stored, np.concatenate(mixed).reshape(len(rows), -1))

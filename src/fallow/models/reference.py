@@ -9,7 +9,7 @@ query attention, SwiGLU; Qwen2 adds q/k/v biases, Qwen3 a norm of each query and
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Protocol
@@ -174,14 +174,7 @@ class ReferenceModel:
     def _attention(self, index: int, weights: LayerWeights, rows: Floats, cosine: Floats, sine: Floats) -> Floats:
         config = self.config
         normed = rms_norm(rows, weights["attention_norm"], config.norm_epsilon)
-        qkv = normed @ weights["qkv"].T
-        if config.qkv_bias:
-            qkv = qkv + weights["qkv_bias"]
-        heads = qkv.reshape(len(rows), -1, config.head_dim)
-        query, key, value = np.split(heads, [config.head_count, config.head_count + config.kv_head_count], axis=1)
-        if config.qk_norm:
-            query = rms_norm(query, weights["q_norm"], config.norm_epsilon)
-            key = rms_norm(key, weights["k_norm"], config.norm_epsilon)
+        query, key, value = split_heads(config, weights, normed @ weights["qkv"].T)
         self._keys[index] = np.concatenate((self._keys[index], rotate(key, cosine, sine)))
         self._values[index] = np.concatenate((self._values[index], value))
         mixed = attend(rotate(query, cosine, sine), self._keys[index], self._values[index])
@@ -193,6 +186,19 @@ def rms_norm(rows: Floats, weight: Floats, epsilon: float) -> Floats:
     mean_square = np.mean(np.square(rows), axis=-1, keepdims=True)
     normed: Floats = rows / np.sqrt(mean_square + np.float32(epsilon)) * weight
     return normed
+
+
+def split_heads(config: ModelConfig, weights: Mapping[str, Floats], qkv: Floats) -> tuple[Floats, Floats, Floats]:
+    """Query, key and value, `[rows, heads of each, D]`, of the products `[rows, all heads x D]`: with their biases and
+    norms, where the family has them, and not rotated yet."""
+    if config.qkv_bias:
+        qkv = qkv + weights["qkv_bias"]
+    heads = qkv.reshape(len(qkv), -1, config.head_dim)
+    query, key, value = np.split(heads, [config.head_count, config.head_count + config.kv_head_count], axis=1)
+    if config.qk_norm:
+        query = rms_norm(query, weights["q_norm"], config.norm_epsilon)
+        key = rms_norm(key, weights["k_norm"], config.norm_epsilon)
+    return query, key, value
 
 
 def rotate(heads: Floats, cosine: Floats, sine: Floats) -> Floats:

@@ -7,6 +7,9 @@ Rules
 - Its row is counted against the grant when it is asked for. A grant that does not allow it is no reason to end the
   session: the row itself comes, and is refused.
 - It counts when the row that comes next is just that token. Otherwise it is forgotten, and the engine rewound.
+- Which token the engine drew is the engine's own word: the agent drew as well, and two processes may come to two. Then
+  the row is computed anew with the agent's, and the session's engine is asked for nothing early any more. That costs a
+  row, and never changes an answer.
 
 Values and one task; when to ask and when to forget is the pump's.
 """
@@ -30,7 +33,7 @@ class Following:
         self.step = step
         self.task = task
         self.token: bytes | None = None
-        """What it draws, once the step before is done; `None` until then, and when nothing follows."""
+        """What the agent draws for it, once the step before is done; `None` until then, and when nothing follows."""
         task.add_done_callback(_look)
 
     def answers(self, step: Step) -> bool:
@@ -38,6 +41,18 @@ class Following:
         if self.token is None or step.count != 1 or bytes(step.payload) != self.token:
             return False
         return msgspec.structs.replace(step, payload=b"", drawn=self.step.drawn) == self.step
+
+    async def stepped(self) -> Stepped | None:
+        """What the engine computed for the token that the agent drew; `None` when it drew another, or none, or failed.
+        Raises `EngineLost`."""
+        assert self.token is not None
+        try:
+            stepped = await self.task
+        except EngineLost:
+            raise
+        except FallowError:
+            return None
+        return stepped if stepped.drawn == int.from_bytes(self.token, "little") else None
 
     async def undone(self, engine: StageEngine, name: SessionId, position: int) -> None:
         """Have the engine stand at `position`, as if this had not been asked for. Raises `EngineLost`."""

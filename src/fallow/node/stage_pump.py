@@ -233,13 +233,25 @@ class StagePump:
         if following is None:
             await self._forget_following(session)
         session.following = None
-        after = step_after(flow, self._peers.own, session.id, step, session.told.beyond(step.position + step.count))
-        if after is None:
-            return await (self._engine.step(step) if following is None else following.task)
+        beyond = session.told.beyond(step.position + step.count)
+        after = step_after(flow, self._peers.own, session.id, step, beyond) if session.follows else None
+        if after is None and following is None:
+            return await self._engine.step(step)
         task = asyncio.create_task(self._engine.step(step)) if following is None else following.task
-        if self._allowances.take(session.allowance, after.position + 1, 1) is None:
+        if after is not None and self._allowances.take(session.allowance, after.position + 1, 1) is None:
             session.following = Following(after, asyncio.create_task(self._engine.step(after)))
-        return await task
+        if following is None:
+            return await task
+        return await following.stepped() or await self._stepped_anew(session, step)
+
+    async def _stepped_anew(self, session: Session, step: Step) -> Stepped:
+        """A step for which the engine drew another token than this agent: once more, with the agent's. Its row was
+        counted when it was asked for. Raises as the engine does."""
+        log.warning("session %s: the engine did not come to its agent's token at %d", session.id[:8], step.position)
+        session.follows = False
+        await self._forget_following(session)
+        await self._engine.rewind(session.engine_id, step.position)
+        return await self._engine.step(step)
 
     async def _forget_following(self, session: Session) -> None:
         """The engine stands where the session does. Raises `EngineLost`."""

@@ -164,6 +164,8 @@ class Session:
         """What the last stage told this first one."""
         self.following: Following | None = None
         """What its engine was asked for before its row came."""
+        self.follows = True
+        """Whether its engine may be asked so: it came to the agent's tokens as yet."""
         self.admitted = False
         self.ended = False
         self.rests = False

@@ -2,6 +2,7 @@
 
 import contextlib
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 from fallow.domain.errors import EngineError, FrameError
 from fallow.domain.frames import Phase
 from fallow.engine import protocol
+from fallow.engine.contract import Stepped
 
 MESSAGES = [
     (protocol.Run(1, "a" * 32, 0, 2, Phase.PREFILL, 0, 64), b"\x00" * 8),
@@ -42,6 +44,22 @@ def test_random_bytes_are_a_frame_error_or_wait_for_more(data):
 def test_headers_that_cannot_be_are_refused(header):
     with pytest.raises(FrameError):
         list(protocol.Frames(protocol.REQUESTS).feed(protocol.PREFIX.pack(len(header), 0) + header))
+
+
+@pytest.mark.parametrize("token", [-1, 1 << 31, (1 << 64) - 1, 1.5, "7", b"7", [7]])
+def test_a_drawn_token_that_no_row_can_carry_is_refused(token):
+    header = msgspec.msgpack.encode(["computed", 1, 1, 5, 0.0, token])
+    with pytest.raises(FrameError):
+        list(protocol.Frames(protocol.REPLIES).feed(protocol.PREFIX.pack(len(header), 0) + header))
+
+
+@pytest.mark.parametrize("drawn", [None, 0, 7, (1 << 31) - 1])
+def test_what_a_step_led_to_arrives_as_it_was(drawn):
+    stepped = Stepped(payload=b"rows", logit_count=1, k=5, compute_s=0.5, drawn=drawn)
+    data = b"".join(protocol.encode(protocol.computed_of(3, stepped), stepped.payload))
+    [(computed, payload)] = protocol.Frames(protocol.REPLIES).feed(data)
+    assert computed.ticket == 3
+    assert protocol.stepped_of(computed, bytes(payload)) == stepped
 
 
 def test_absurd_lengths_are_refused_before_anything_is_held():

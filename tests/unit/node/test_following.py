@@ -10,7 +10,9 @@ import pytest
 from fallow.domain.frames import AHEAD_ROWS, Ahead, CloseSession, Flow, PeerAddress, Phase, Result, Rows, StageState
 from fallow.domain.ids import SessionId
 from fallow.domain.sampling import Recipe
-from fallow.engine.contract import Step
+from fallow.engine import memory
+from fallow.engine.contract import Drawn, Step, Stepped
+from fallow.engine.drawing import drawn_token
 from fallow.node.following import step_after
 from tests.unit.node.rights_world import BUDGET, SESSION, World, codes, flow, rows, run
 from tests.unit.trust.grant_world import NODE, OTHER_NODE
@@ -127,5 +129,46 @@ def test_a_session_that_is_closed_in_the_middle_leaves_nothing(tmp_path: Path) -
         assert world.agent.relay.session_count == 0 and world.engine.load_now.sessions == 0
         await asyncio.sleep(1.0)
         assert world.engine.rows_computed == computed
+
+    run(tmp_path, script)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "shift", "wasted_max"),
+    [({4}, 1, 2), ({4}, None, 1), ({0}, 1, 2), (set(range(BUDGET)), 1, 2), ({AHEAD_ROWS - 1}, 1, 2), (set(), 1, 0)],
+    ids=["one token", "an end instead", "the first", "every token", "the last", "none"],
+)
+def test_an_engine_that_draws_another_token_costs_a_row_and_never_an_answer(
+    wrong: set[int], shift: int | None, wasted_max: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The engine's process and its agent's may have two builds of the same recipe."""
+    asked: list[int] = []
+
+    def other_build(stepped: Stepped, drawn: Drawn) -> bytes | None:
+        asked.append(drawn.nth)
+        token = drawn_token(stepped, drawn)
+        if drawn.nth not in wrong or token is None:
+            return token
+        return None if shift is None else (int.from_bytes(token, "little") + shift).to_bytes(4, "little")
+
+    async def script(world: World) -> None:
+        gateway = await world.party()
+        heard = []
+        for epoch, rewind_to in ((1, None), (2, 0)):
+            await gateway.say(world.opening(world.grant(), epoch), alone(epoch=epoch, rewind_to=rewind_to))
+            before = world.engine.rows_computed
+            await gateway.say(rows(0, PROMPT, epoch))
+            heard.append([(frame.header.position, frame.header.chosen, bytes(frame.payload))
+                          for frame in gateway.heard if isinstance(frame.header, Result)])  # fmt: skip
+            assert codes([frame.header for frame in gateway.heard]) == []
+            assert world.engine.rows_computed - before <= PROMPT + AHEAD_ROWS + wasted_max
+            monkeypatch.setattr(memory, "drawn_token", other_build)
+        right, mended = heard
+        assert mended == right and len(right) == AHEAD_ROWS + 1
+        assert asked, "the other build was asked"
+        (state,) = [
+            header for header in await gateway.say(world.opening(world.grant(), 3)) if isinstance(header, StageState)
+        ]
+        assert state.position == PROMPT + AHEAD_ROWS, "the engine stands where the stage says"
 
     run(tmp_path, script)
