@@ -235,6 +235,62 @@ def test_a_conversation_that_ends_is_kept_for_the_next_turn_and_what_stood_by_is
     with_fleet(tmp_path, test, pieces=TWICE)
 
 
+def test_it_is_given_up_when_a_repair_takes_one_of_its_devices(tmp_path: Path) -> None:
+    async def test(fleet: Fleet, source: FleetTokenSource, model: Digest) -> None:
+        expected = await undisturbed(source, model, COUNT)
+        conversation = await prioritised(source, model)
+        task = asyncio.create_task(timed(fleet, conversation, COUNT, between_s=0.02))
+        await asyncio.sleep(0.6)
+        fleet.script = [[(0, A), (4, B), (2, C)]]
+        conversation.chain.in_trouble("somebody was unsure", None)
+        await asyncio.sleep(0.3)
+        assert sessions_on(fleet) == [1, 0, 1, 0, 1, 0]
+        tokens, _ = await task
+        assert tokens == expected
+        await conversation.close(keep=False)
+        await asyncio.sleep(0.1)
+        assert_nothing_left(fleet, source)
+
+    with_fleet(tmp_path, test, pieces=TWICE)
+
+
+def test_a_device_that_leaves_before_the_prompt_was_fed_gets_it_once(tmp_path: Path) -> None:
+    """The chain that stands by has the prompt before the first one has."""
+
+    async def test(fleet: Fleet, source: FleetTokenSource, model: Digest) -> None:
+        expected = await undisturbed(source, model, 10)
+        conversation = await prioritised(source, model)
+        await asyncio.sleep(0.5)
+        assert rows_on(fleet)[3] == len(PROMPT)
+        fleet.nodes[1].relay.drain()
+        await asyncio.sleep(0.1)
+        assert await answer(conversation, 10) == expected
+        await conversation.close(keep=False)
+        await asyncio.sleep(0.1)
+        assert_nothing_left(fleet, source)
+
+    with_fleet(tmp_path, test, pieces=TWICE)
+
+
+def test_where_there_are_no_idle_devices_one_conversation_in_a_while_asks(tmp_path: Path) -> None:
+    async def test(fleet: Fleet, source: FleetTokenSource, model: Digest) -> None:
+        conversations = [await prioritised(source, model)]
+        await asyncio.sleep(0.1)
+        asked = len(fleet.kept_spans)
+        conversations += [await prioritised(source, model) for _ in range(20)]
+        tasks = [asyncio.create_task(timed(fleet, each, 40, between_s=0.1)) for each in conversations]
+        await asyncio.gather(*tasks)
+        assert fleet.clock.monotonic_s() < STANDBY_RETRY_S
+        assert len(fleet.kept_spans) - asked == 20, "for the conversations themselves"
+        assert source.moves.standing_by() == 0
+        for conversation in conversations:
+            await conversation.close(keep=False)
+        await asyncio.sleep(0.1)
+        assert_nothing_left(fleet, source)
+
+    with_fleet(tmp_path, test)
+
+
 def test_none_stands_by_for_those_who_did_not_ask(tmp_path: Path) -> None:
     async def test(fleet: Fleet, source: FleetTokenSource, model: Digest) -> None:
         conversation = await source.open(model, PROMPT, 500, 1, "alice")

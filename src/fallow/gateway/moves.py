@@ -29,7 +29,7 @@ from typing import Final
 import msgspec
 
 from fallow.domain.clock import Clock
-from fallow.domain.errors import FallowError, KvExhausted
+from fallow.domain.errors import FallowError, KvExhausted, NoRoute
 from fallow.domain.frames import Phase
 from fallow.domain.ids import NodeId, SessionId
 from fallow.gateway.chain import Chain
@@ -95,6 +95,8 @@ class Moves:
         """Of conversations that go on."""
         self._standbys_due_s: dict[SessionId, float] = {}
         """Conversations for which another chain is to stand by, and when one may be sought next."""
+        self._none_idle_until_s = 0.0
+        """Until then nobody asks for a chain that stands by: there was none a moment ago."""
         self.takeovers = 0
         """How often one that stood by has taken over."""
 
@@ -115,7 +117,11 @@ class Moves:
         self._have_stand_by(chain, [*tokens, *prompt], [*phases, *[Phase.PREFILL] * len(prompt)])
 
     def _have_stand_by(self, chain: Chain, tokens: Sequence[int], phases: Sequence[Phase]) -> None:
-        self._standbys_due_s[chain.session] = self._clock.monotonic_s() + STANDBY_RETRY_S
+        now_s = self._clock.monotonic_s()
+        if now_s < self._none_idle_until_s:
+            self._standbys_due_s[chain.session] = self._none_idle_until_s
+            return
+        self._standbys_due_s[chain.session] = now_s + STANDBY_RETRY_S
         to = self._make(chain)
         to.stands_by_for = frozenset(chain.nodes())
         self._moves[chain.session] = _Move(to, set(), self._start(chain, _come_to(to, tokens, phases)))
@@ -137,13 +143,11 @@ class Moves:
             self._move_after_all(chain)
             self._stand_by_after_all(chain)
             return chain
-        if not _succeeded(move.work):
+        ahead = len(move.to.tokens) > len(chain.tokens)  # of a prompt that the first chain was not given yet
+        if ahead or not _succeeded(move.work):
             return chain
         if move.stands_by:
-            if move.to.broken:
-                self._stop(chain.session)
-            elif len(chain.tokens) - len(move.to.tokens) >= STANDBY_ROWS:
-                move.work = self._start(chain, _come_to(move.to, *chain.since(len(move.to.tokens))))
+            self._keep_up(chain, move)
             return chain
         if move.to.broken:
             move.work = self._start(chain, _catch_up(chain, move.to))
@@ -162,8 +166,16 @@ class Moves:
     def _stand_by_after_all(self, chain: Chain) -> None:
         """Have another chain stand by where that is due."""
         due_s = self._standbys_due_s.get(chain.session)
-        if due_s is not None and not chain.broken and self._clock.monotonic_s() >= due_s:
-            self._have_stand_by(chain, *chain.since(0))
+        if due_s is None or chain.broken or chain.session in self._moves or self._clock.monotonic_s() < due_s:
+            return
+        self._have_stand_by(chain, *chain.since(0))
+
+    def _keep_up(self, chain: Chain, move: _Move) -> None:
+        """Bring a chain that stands by up to date; give it up where it would be lost, or is, with the first one."""
+        if move.to.broken or not set(chain.nodes()).isdisjoint(move.to.nodes()):
+            self._stop(chain.session)
+        elif len(chain.tokens) - len(move.to.tokens) >= STANDBY_ROWS:
+            move.work = self._start(chain, _come_to(move.to, *chain.since(len(move.to.tokens))))
 
     def superseded(self, chain: Chain) -> bool:
         """For a chain in trouble: whether its move is worth waiting for (`awaited`). Ends it, where it is not."""
@@ -276,6 +288,8 @@ class Moves:
             self._stop(chain.session)
             if move.stands_by:
                 log.info("session %s: no chain stands by: %r", chain.session[:8], error)
+                if isinstance(error, NoRoute | KvExhausted):
+                    self._none_idle_until_s = self._clock.monotonic_s() + STANDBY_RETRY_S
             else:
                 self._on_event(f"session {chain.session[:8]}: it could not be moved: {error}")
         if not isinstance(error, FallowError | Superseded):
