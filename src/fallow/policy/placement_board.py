@@ -49,6 +49,7 @@ class Board:
         """Bytes of weights and of KV cache."""
         self._counts: Counter[tuple[Digest, Span]] = Counter()
         self._size: dict[tuple[Digest, Span], tuple[int, int]] = {}
+        self._work: dict[tuple[Digest, Span], float] = {}
         self._missing: dict[tuple[NodeId, Digest, Span], int] = {}
         self._grid = {model.model: _grid_in_use(model, nodes) for model in models}
         self._layer_s = {node.node: node.layer_s / max(node.hour_share, HOUR_SHARE_MIN) for node in nodes}
@@ -74,6 +75,12 @@ class Board:
         twin._used = dict(self._used)
         twin._counts = self._counts.copy()
         twin._held = {node: {model: set(pieces) for model, pieces in held.items()} for node, held in self._held.items()}
+        return twin
+
+    def afresh(self) -> "Board":
+        """A copy in which no model was given up."""
+        twin = self.copy()
+        twin._abandoned = set()
         return twin
 
     # --- counts ---------------------------------------------------------------------------------
@@ -137,7 +144,7 @@ class Board:
         beside = [held for held in self.pieces(node, model) if (model.model, held) not in leaving]
         if any(held.first < piece.last and piece.first < held.last for held in beside):
             return False
-        if sum(map(model.work, beside)) + model.work(piece) > self._work_max(model):
+        if sum(self._work_of(model, held) for held in beside) + self._work_of(model, piece) > self._work_max(model):
             return False
         return self._fits_disk(node, [*self._all_held(node, leaving), (model.model, piece)])
 
@@ -163,7 +170,13 @@ class Board:
         return model.model not in node.barred and may_hold(node, model)
 
     def _work_max(self, model: ModelNeed) -> float:
-        return self.rules.max_share * model.work(model.whole) + 1e-9
+        return self.rules.max_share * self._work_of(model, model.whole) + 1e-9
+
+    def _work_of(self, model: ModelNeed, piece: Span) -> float:
+        work = self._work.get((model.model, piece))
+        if work is None:
+            work = self._work[model.model, piece] = model.work(piece)
+        return work
 
     def _size_of(self, model: ModelNeed, piece: Span) -> tuple[int, int]:
         """Bytes of weights and of KV cache that a piece takes."""
@@ -254,12 +267,12 @@ class Board:
         best: tuple[tuple[int, bool, float, Span, NodeId], NodeRoom, Span, list[tuple[Digest, Span]]] | None = None
         for node in self.nodes:
             mine = self.pieces(node, model)
-            busy = sum(self._need[digest].work(p) for digest, held in self._held[node.node].items() for p in held)
+            busy = sum(self._work_of(self._need[d], p) for d, held in self._held[node.node].items() for p in held)
             for piece in wanted:
                 leaving = self._evictions(node, model, piece, copy) if piece not in mine else None
                 if leaving is None:
                     continue
-                done_s = (busy + model.work(piece)) * self._layer_s[node.node]
+                done_s = (busy + self._work_of(model, piece)) * self._layer_s[node.node]
                 if mine and not any(held.last == piece.first or piece.last == held.first for held in mine):
                     done_s *= SCATTER_PENALTY
                 key = (len(leaving), node.fleeting, done_s, piece, node.node)
@@ -326,7 +339,7 @@ class Board:
             ordered = sorted(pieces)
             if any(a.last > b.first for a, b in pairwise(ordered)):
                 return False
-            if sum(map(need.work, ordered)) > self._work_max(need):
+            if sum(self._work_of(need, piece) for piece in ordered) > self._work_max(need):
                 return False
         return True
 

@@ -9,7 +9,9 @@ Rules
   devices get more pieces, and devices that are about to go get them last.
 - Every model is covered before any model gets second copies; within each, models go in the catalogue's order.
 - What is placed stays. A piece moves only when coverage or a missing copy requires it, a copy goes only when another
-  model needs its room, and the grid changes only when that raises the number of holders of the thinnest piece.
+  model needs its room, and the grid changes only when that promises the thinnest piece more holders.
+- Promises are kept or nothing happens: models take room from each other, so what is worked out for one may not last
+  until all have theirs. What is held gives way only to a whole placement that is worth more (`placement_worth.py`).
 - A model of which not every piece finds a place, or whose pieces make no chain, gets nothing new; the reason is told.
 
 How: pieces are handed out one at a time to the device that would be done soonest; where no device has room, the
@@ -22,47 +24,72 @@ place where memory is tight, and takes time that grows with the square of the fl
 import math
 from collections.abc import Sequence
 
-from fallow.domain.ids import Digest
 from fallow.domain.model import Span
 from fallow.policy.placement_board import Board
 from fallow.policy.placement_chains import makes_chain
 from fallow.policy.placement_inputs import ModelNeed, NodeRoom, Placement, PlacementRules, grid_of
 from fallow.policy.placement_reasons import why_not
+from fallow.policy.placement_worth import is_covered, worth
 
 SLOWEST_STEP = 1.3
 """A finer grid must make the slowest device sooner done by this factor to be worth its extra pieces."""
 
+SIDESTEPS_MAX = 6
+"""How often the rules are applied to what is worth no more than what is held, to find what is."""
+
 
 def place_pieces(models: Sequence[ModelNeed], nodes: Sequence[NodeRoom], rules: PlacementRules) -> Placement:
-    """The placement to aim for, given what the nodes, in the order of their ids, have now. Placing it again may better
-    it a little; `placement.place` does so until nothing changes."""
-    board = Board(models, nodes, rules)
-    unplaceable: dict[Digest, str] = {}
-    for model in models:
-        board = _covered(board, model, unplaceable)
-    for model in models:
-        if model.model not in unplaceable:
-            board = _replicated(board, model)
-    for node in nodes:
+    """The placement to aim for, given what the nodes, in the order of their ids, have now: what they have, unless
+    another one is worth more. Placing it again may better it a little; `placement.place` does so until nothing changes.
+    """
+    held = Board(models, nodes, rules)
+    board = _better(held)
+    lacking = [model for model in models if not is_covered(board, model)]
+    return Placement(
+        stages=board.stages(), unplaceable={model.model: why_not(model, nodes, rules) for model in lacking}
+    )
+
+
+def _better(held: Board) -> Board:
+    """A board that is worth more; the same one when the rules lead to none, though they be applied to their results."""
+    now, enough = held, worth(held)
+    for _ in range(SIDESTEPS_MAX):
+        then = _worked_out(now)
+        if worth(then) > enough:
+            return then
+        if then.stages() == now.stages():
+            break
+        now = then
+    return held
+
+
+def _worked_out(held: Board) -> Board:
+    """What the rules make of a board, which stays as it is."""
+    board, placed = held.afresh(), list[ModelNeed]()
+    for model in held.models:
+        cut = _covered(board, model)
+        if cut is None:
+            board.abandon(model)
+        else:
+            board = cut
+            placed.append(model)
+    for model in placed:
+        board = _replicated(board, model)
+    for node in board.nodes:
         if board.is_idle(node):
-            _employ(board, node, [model for model in models if model.model not in unplaceable])
-    return Placement(stages=board.stages(), unplaceable=unplaceable)
+            _employ(board, node, placed)
+    return board
 
 
-def _covered(board: Board, model: ModelNeed, unplaceable: dict[Digest, str]) -> Board:
-    """First copies: whole on one device if it fits one, else cut."""
+def _covered(board: Board, model: ModelNeed) -> Board | None:
+    """First copies: whole on one device if it fits one, else cut; `None` when it cannot be covered."""
     if board.whole_holders(model):
         return board
     node = board.best_whole_node(model, copy=1)
     if node is not None:
         board.put_whole(node, model, copy=1)
         return board
-    cut = _best_cut(board, model)
-    if cut is not None:
-        return cut
-    unplaceable[model.model] = why_not(model, board.nodes, board.rules)
-    board.abandon(model)
-    return board
+    return _best_cut(board, model)
 
 
 def _replicated(board: Board, model: ModelNeed) -> Board:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 import msgspec
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from fallow.domain.fleet import RouteRequest
@@ -11,9 +11,10 @@ from fallow.domain.frames import PeerAddress
 from fallow.domain.ids import Digest, NodeId, SessionId
 from fallow.domain.model import Span, StageSpec
 from fallow.policy.placement import Placement, place
-from fallow.policy.placement_board import ModelNeed, NodeRoom, PlacementRules, grid_of
+from fallow.policy.placement_board import Board, ModelNeed, NodeRoom, PlacementRules, grid_of
 from fallow.policy.placement_chains import makes_chain
 from fallow.policy.placement_plan import Move, NodeNow, plan
+from fallow.policy.placement_worth import worth
 from fallow.policy.routing import Carrier, ModelShape, route
 
 
@@ -88,6 +89,18 @@ def test_every_placement_is_lawful(models: list[ModelNeed], nodes: list[NodeRoom
 
 @settings(max_examples=60, deadline=None)
 @given(models=models_drawn, nodes=nodes_drawn, rules=rules_drawn)
+@example(
+    # Two models by turns: a grid that promised the first one more copies, of which the second took its room back.
+    models=[model(0, 11, 19, embedding=100, head=7), model(1, 11, 50, embedding=60, head=62)],
+    nodes=[node(i, weights, 0.01) for i, weights in enumerate([252, 226, 279, 184, 252])],
+    rules=PlacementRules(replicas=2, context_tokens=16),
+)
+@example(
+    # What was left of a model that cannot be covered was cut anew each time.
+    models=[model(0, 10, 6, head=80), model(1, 8, 34, embedding=13, head=76), model(2, 7, 48, embedding=54)],
+    nodes=[node(0, 76, 0.01), node(1, 295, 0.002), node(2, 663, 0.01)],
+    rules=PlacementRules(max_share=0.7, replicas=3, context_tokens=16),
+)
 def test_what_is_placed_stays_while_the_fleet_stays(
     models: list[ModelNeed], nodes: list[NodeRoom], rules: PlacementRules
 ) -> None:
@@ -107,6 +120,27 @@ def test_after_a_leave_it_settles_and_moves_only_for_lost_copies(
     assert place(models, hosting(remaining, again), rules).stages == again.stages
     if not placed.stages[nodes[leaver].node]:
         assert again.stages == {item.node: item.hosted for item in remaining}
+
+
+def test_planning_again_never_gives_up_more_than_it_gains() -> None:
+    """A tight fleet whose devices' memory shrinks and grows again, under three models: what was worth more stays."""
+    models = [model(i, 9, size) for i, size in enumerate((20, 30, 40))]
+    rules = PlacementRules(replicas=2, context_tokens=16)
+    rooms = [350, 280, 410, 200]
+    nodes = [node(i, room) for i, room in enumerate(rooms)]
+    for short in (0, 1, 2, 1):
+        nodes = [node(i, room - 60 * (i == short), hosted=nodes[i].hosted) for i, room in enumerate(rooms)]
+        held = worth(Board(models, nodes, rules))
+        nodes = hosting(nodes, place(models, nodes, rules))
+        assert worth(Board(models, nodes, rules)) >= held
+
+
+def test_rules_are_applied_again_where_once_is_not_enough() -> None:
+    """What the rules give first covers two of three models; applied to that, they give something else that is worth no
+    more; applied to that, they cover all three."""
+    models = [model(0, 14, 26, embedding=88), model(1, 13, 33, embedding=14), model(2, 9, 7, head=36)]
+    nodes = [node(0, 456, 0.002), node(1, 740, 0.001)]
+    assert not place(models, nodes, PlacementRules(max_share=0.7, replicas=3, context_tokens=16)).unplaceable
 
 
 @settings(max_examples=50, deadline=None)
