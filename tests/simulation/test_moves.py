@@ -46,7 +46,7 @@ def repairs_of(source: FleetTokenSource) -> list[str]:
 
 
 def assert_nothing_left(fleet: Fleet, source: FleetTokenSource) -> None:
-    assert (source._live, source.moves._moves, source.moves._leaving) == ({}, {}, {})
+    assert (source._live, source.moves._moves, source.moves._leaving, len(source.moves._standbys)) == ({}, {}, {}, 0)
     assert sum(node.relay.session_count for node in fleet.nodes if node.alive) == 0
 
 

@@ -5,13 +5,19 @@ Method: the real token source, chains, links and relays on virtual time; the coo
 """
 
 import asyncio
+from collections.abc import Sequence
 from pathlib import Path
 
-from fallow.domain.ids import Digest
+import pytest
+
+from fallow.domain.fleet import Hop
+from fallow.domain.ids import Digest, NodeId, SessionId
+from fallow.domain.model import Span
 from fallow.domain.sampling import Recipe
 from fallow.domain.service import ServiceTier, Standby
-from fallow.gateway.moves import STANDBY_RETRY_S, STANDBY_ROWS
+from fallow.gateway.progress import STALL_TIMEOUT_S
 from fallow.gateway.sessions import FleetConversation, FleetTokenSource
+from fallow.gateway.standbys import STANDBY_RETRY_S, STANDBY_ROWS
 from tests.simulation.sessions import Fleet
 from tests.simulation.test_moves import assert_nothing_left, repairs_of, timed, undisturbed
 from tests.simulation.test_token_source import (
@@ -209,6 +215,111 @@ def test_it_makes_way_for_a_conversation_that_needs_its_room(tmp_path: Path) -> 
         await conversation.close(keep=False)
 
     with_fleet(tmp_path, test, pieces=TWICE, kv_budget_bytes=int(1.5 * 560 * KV_BYTES_PER_TOKEN_AND_STAGE))
+
+
+def sends_to(fleet: Fleet, hops: list[tuple[int, Span]], ours: set[SessionId]) -> None:
+    """Conversations that are not of these get just these devices."""
+    route = fleet.route
+
+    async def scripted(
+        model: Digest, session: SessionId, reserve: int, exclude: frozenset[NodeId], keep: Sequence[Hop], rebuild: int,
+        spare: bool = False,
+    ) -> tuple[Hop, ...]:  # fmt: skip
+        if not spare and session not in ours:
+            fleet.script.insert(0, hops)
+        return await route(model, session, reserve, exclude, keep, rebuild, spare)
+
+    fleet.route = scripted  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_those_that_made_way_do_not_take_the_room_back(tmp_path: Path, count: int) -> None:
+    async def test(fleet: Fleet, source: FleetTokenSource, model: Digest) -> None:
+        talks = [await prioritised(source, model) for _ in range(count)]
+        tasks = [asyncio.create_task(timed(fleet, talk, 1000, between_s=0.02)) for talk in talks]
+        await asyncio.sleep(STANDBY_RETRY_S + 1)
+        assert source.moves.standing_by() == count
+        sends_to(fleet, [(3, A), (4, B), (5, C)], {talk.chain.session for talk in talks})
+        began_s = fleet.clock.monotonic_s()
+        other = await source.open(model, PROMPT, 500, 1, "bob")
+        assert fleet.clock.monotonic_s() - began_s < 0.5
+        for task in tasks:
+            task.cancel()
+        for talk in (other, *talks):
+            await talk.close(keep=False)
+
+    with_fleet(tmp_path, test, pieces=TWICE, kv_budget_bytes=int((count + 0.5) * 560 * KV_BYTES_PER_TOKEN_AND_STAGE))
+
+
+def test_finished_conversations_make_way_at_once_though_others_stand_by_elsewhere(tmp_path: Path) -> None:
+    async def test(fleet: Fleet, source: FleetTokenSource, model: Digest) -> None:
+        for node in fleet.nodes[6:]:
+            node.engine._kv_budget_bytes = 1000 * KV_BYTES_PER_TOKEN_AND_STAGE
+        there = [(6, A), (7, B), (8, C)]
+        fleet.script = [there]
+        kept = await source.open(model, PROMPT, 900, 1, "carol")
+        await answer(kept, 3)
+        await kept.close(keep=True)
+        talks = [await source.open(model, [9, *PROMPT], 500, 1, "alice", None, ServiceTier.PRIORITY) for _ in range(3)]
+        tasks = [asyncio.create_task(timed(fleet, talk, 1000, between_s=0.02)) for talk in talks]
+        await asyncio.sleep(1.0)
+        sends_to(fleet, there, {talk.chain.session for talk in talks})
+        began_s = fleet.clock.monotonic_s()
+        other = await source.open(model, [8, *PROMPT], 500, 1, "bob")
+        assert fleet.clock.monotonic_s() - began_s < 0.5
+        for task in tasks:
+            task.cancel()
+        for talk in (other, *talks):
+            await talk.close(keep=False)
+
+    with_fleet(tmp_path, test, pieces=(*TWICE, A, B, C))
+
+
+def test_where_none_has_room_for_a_long_answer_one_stands_by_for_a_short_one(tmp_path: Path) -> None:
+    async def test(fleet: Fleet, source: FleetTokenSource, model: Digest) -> None:
+        for node in fleet.nodes[3:]:
+            node.engine._kv_budget_bytes = 700 * KV_BYTES_PER_TOKEN_AND_STAGE
+        long = await source.open(model, PROMPT, 1500, 1, "alice", None, ServiceTier.PRIORITY)
+        task = asyncio.create_task(timed(fleet, long, 200, between_s=0.05))
+        await asyncio.sleep(0.3)
+        assert source.moves.standing_by() == 0
+        short = await prioritised(source, model)
+        await answer(short, 3)
+        await asyncio.sleep(0.3)
+        assert source.moves.standing_by() == 1
+        await task
+        await short.close(keep=False)
+        await long.close(keep=False)
+
+    with_fleet(tmp_path, test, pieces=TWICE)
+
+
+def test_a_device_that_computes_nothing_does_not_keep_others_from_standing_by(tmp_path: Path) -> None:
+    async def test(fleet: Fleet, source: FleetTokenSource, model: Digest) -> None:
+        fleet.nodes[3].compute_nothing()
+        conversation = await prioritised(source, model)
+        task = asyncio.create_task(timed(fleet, conversation, 400, between_s=0.1))
+        await asyncio.sleep(2 * STALL_TIMEOUT_S)
+        assert sessions_on(fleet)[3] == 0
+        assert sessions_on(fleet)[6] == 1
+        assert rows_on(fleet)[6] >= len(PROMPT)
+        task.cancel()
+        await conversation.close(keep=False)
+
+    with_fleet(tmp_path, test, pieces=(*TWICE, A, B, C))
+
+
+def test_none_is_sought_once_the_gateway_closes(tmp_path: Path) -> None:
+    async def test(fleet: Fleet, source: FleetTokenSource, model: Digest) -> None:
+        conversation = await prioritised(source, model)
+        task = asyncio.create_task(timed(fleet, conversation, 1000, between_s=0.02))
+        await asyncio.sleep(STANDBY_RETRY_S + 1)
+        await source.moves.close()
+        await asyncio.sleep(0.5)
+        assert source.moves.standing_by() == 0
+        task.cancel()
+
+    with_fleet(tmp_path, test, pieces=TWICE)
 
 
 def test_a_conversation_that_ends_is_kept_for_the_next_turn_and_what_stood_by_is_freed(tmp_path: Path) -> None:

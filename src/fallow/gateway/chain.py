@@ -102,7 +102,7 @@ class Chain:
         self.ahead = RunningAhead()
         self._candidates: Candidates | None = None
         self._trouble: str | None = None
-        self._avoided = Avoided(clock)
+        self.avoided = Avoided(clock)
         self._grants_refused = GrantsRefused()
         self._waker = Waker()
         self._answers = Answers(0, ())
@@ -200,7 +200,7 @@ class Chain:
 
     def layers_lost(self, leaving: Set[NodeId]) -> tuple[int, int]:
         """Its layers on devices that are avoided, or leave; and all."""
-        return layers_on(leaving | self._avoided.now(), self.hops)
+        return layers_on(leaving | self.avoided.now(), self.hops)
 
     # --- what arrives --------------------------------------------------------------------------
 
@@ -247,7 +247,7 @@ class Chain:
 
     def avoid(self, node: NodeId, avoid_s: float = AVOID_S) -> None:
         """Open nothing on a device for a while."""
-        self._avoided.note(node, avoid_s)
+        self.avoided.note(node, avoid_s)
 
     def check_stall(self) -> None:
         """Called at an interval: without progress on live links, ask the chain where it stands."""
@@ -337,17 +337,17 @@ class Chain:
         """Those that live; none of a chain that got nowhere again and again."""
         if self._progress.stalls >= STALLS_OF_ALL:
             return ()
-        avoided = self._avoided.now()
+        avoided = self.avoided.now()
         return [hop for hop in self.hops if hop.address.node not in avoided]
 
     async def _connect(self, keep: Sequence[Hop]) -> int:
         """Route, open every stage, plan, and let rows flow. How many layers have rows to compute anew."""
         self._marks.cut(self._epoch + 1, self._marks.fed_once)  # also for who is away now and comes back later
-        avoided, spare = self._avoided.now() | self.stands_by_for, bool(self.stands_by_for)
+        avoided, spare = self.avoided.now() | self.stands_by_for, bool(self.stands_by_for)
         hops = await self._router.route(
             self.model, self.session, self.reserve_tokens, avoided, keep, len(self.tokens), spare
         )
-        if self._avoided.now().isdisjoint(hop.address.node for hop in hops):
+        if self.avoided.now().isdisjoint(hop.address.node for hop in hops):
             self._trouble = None  # what broke meanwhile is not part of the new chain
         for node, session in left_behind(self.session, self.hops, hops):
             self._peers.post(node, Frame(CloseSession(session=session)))

@@ -29,7 +29,8 @@ class FleetOwner(Owner):
         return self._moves.superseded(chain)
 
     def make_room(self, tokens: int) -> bool:
-        return self._moves.make_room(tokens) or self._kept.make_room(tokens)
+        # Which devices lack room is not known, so both make some.
+        return self._moves.make_room(tokens) | self._kept.make_room(tokens)
 
     def require_working(self) -> None:
         require_working(self._lease)

@@ -40,7 +40,8 @@ class Avoided:
     def now(self) -> frozenset[NodeId]:
         """Those that are left out now."""
         now_s = self._clock.monotonic_s()
-        return frozenset(node for node, until_s in self._until_s.items() if until_s > now_s)
+        self._until_s = {node: until_s for node, until_s in self._until_s.items() if until_s > now_s}
+        return frozenset(self._until_s)
 
 
 class LostDevices:

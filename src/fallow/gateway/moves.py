@@ -4,8 +4,8 @@ Rules
 - What is moved: conversations of which a device is about to leave.
 - For some conversations another chain, of idle devices that are not in the first one, *stands by*: a move without a
   leaver, which is brought up to date every `STANDBY_ROWS` tokens and changes over when the first chain loses a device.
-  It is in nobody's way: it takes idle devices or none, is not repaired but given up, and goes first where room is
-  lacking.
+  It is in nobody's way: it takes idle devices or none, is not repaired but given up, and makes way where room is
+  lacking. When one is sought is `standbys.py`'s.
 - A move is a second session on another chain, without the leaving devices, that computes all that was said so far; the
   conversation changes over between two tokens, and the old session is freed everywhere.
 - At most one move for a conversation at a time: who else leaves meanwhile is left out of it. The chain that a move
@@ -37,6 +37,7 @@ from fallow.gateway.contract import NOT_NOW
 from fallow.gateway.flows import describe
 from fallow.gateway.ownership import Superseded
 from fallow.gateway.running_ahead import RunningAhead
+from fallow.gateway.standbys import STANDBY_ROWS, Standbys
 from fallow.policy.recovery import supersedes
 
 ROUNDS: Final = 2
@@ -45,11 +46,6 @@ MOVE_RETRY_S: Final = 0.5
 """How soon a move is tried again. A repair, for which a client waits, is more eager."""
 MOVE_TRIES_S: Final = 30.0
 """For how long. A leaving device is gone by then, or has stayed after all."""
-STANDBY_ROWS: Final = 8
-"""So many tokens behind, a chain that stands by is brought up to date: a row among eight costs the devices a third of
-a row by itself, and eight are computed within the time that it takes to notice a loss."""
-STANDBY_RETRY_S: Final = 5.0
-"""When another one is tried for where none could be had, or one was given up."""
 
 log = logging.getLogger(__name__)
 
@@ -93,10 +89,7 @@ class Moves:
         self._moves: dict[SessionId, _Move] = {}
         self._leaving: dict[SessionId, _Leaving] = {}
         """Of conversations that go on."""
-        self._standbys_due_s: dict[SessionId, float] = {}
-        """Conversations for which another chain is to stand by, and when one may be sought next."""
-        self._none_idle_until_s = 0.0
-        """Until then nobody asks for a chain that stands by: there was none a moment ago."""
+        self._standbys = Standbys(clock)
         self.takeovers = 0
         """How often one that stood by has taken over."""
 
@@ -114,16 +107,23 @@ class Moves:
     def stand_by(self, chain: Chain, prompt: Sequence[int]) -> None:
         """Have another chain stand by until the conversation ends. `prompt`: what it is about to be fed."""
         tokens, phases = chain.since(0)
+        self._standbys.want(chain.session)
         self._have_stand_by(chain, [*tokens, *prompt], [*phases, *[Phase.PREFILL] * len(prompt)])
 
+    def stand_down(self, chain: Chain) -> None:
+        """The conversation needs none any more. Idempotent."""
+        self._standbys.forget(chain.session)
+        move = self._moves.get(chain.session)
+        if move is not None and move.stands_by:
+            self._stop(chain.session)
+
     def _have_stand_by(self, chain: Chain, tokens: Sequence[int], phases: Sequence[Phase]) -> None:
-        now_s = self._clock.monotonic_s()
-        if now_s < self._none_idle_until_s:
-            self._standbys_due_s[chain.session] = self._none_idle_until_s
+        """Where that is due."""
+        if chain.broken or chain.session in self._moves or not self._standbys.due(chain):
             return
-        self._standbys_due_s[chain.session] = now_s + STANDBY_RETRY_S
+        self._standbys.sought(chain.session)
         to = self._make(chain)
-        to.stands_by_for = frozenset(chain.nodes())
+        to.stands_by_for = self._standbys.shunned().union(chain.nodes())
         self._moves[chain.session] = _Move(to, set(), self._start(chain, _come_to(to, tokens, phases)))
 
     def _move(self, chain: Chain, leaver: NodeId) -> None:
@@ -141,7 +141,7 @@ class Moves:
         move = self._moves.get(chain.session)
         if move is None:
             self._move_after_all(chain)
-            self._stand_by_after_all(chain)
+            self._have_stand_by(chain, *chain.since(0))
             return chain
         ahead = len(move.to.tokens) > len(chain.tokens)  # of a prompt that the first chain was not given yet
         if ahead or not _succeeded(move.work):
@@ -163,15 +163,10 @@ class Moves:
         for leaver in leaving.nodes.intersection(chain.nodes()):
             self._move(chain, leaver)
 
-    def _stand_by_after_all(self, chain: Chain) -> None:
-        """Have another chain stand by where that is due."""
-        due_s = self._standbys_due_s.get(chain.session)
-        if due_s is None or chain.broken or chain.session in self._moves or self._clock.monotonic_s() < due_s:
-            return
-        self._have_stand_by(chain, *chain.since(0))
-
     def _keep_up(self, chain: Chain, move: _Move) -> None:
         """Bring a chain that stands by up to date; give it up where it would be lost, or is, with the first one."""
+        if move.to.broken:
+            self._standbys.came_to_nothing(move.to)
         if move.to.broken or not set(chain.nodes()).isdisjoint(move.to.nodes()):
             self._stop(chain.session)
         elif len(chain.tokens) - len(move.to.tokens) >= STANDBY_ROWS:
@@ -221,21 +216,23 @@ class Moves:
     def end(self, chain: Chain) -> bool:
         """The conversation has ended, or goes on with another chain. Whether it was about to move."""
         self._leaving.pop(chain.session, None)
-        self._standbys_due_s.pop(chain.session, None)
-        move = self._moves.get(chain.session)
+        self.stand_down(chain)
+        moving = chain.session in self._moves
         self._stop(chain.session)
-        return move is not None and not move.stands_by
+        return moving
 
     def _stop(self, session: SessionId) -> None:
         move = self._moves.pop(session, None)
         if move is not None:
             move.work.cancel()
             self._drop(move.to)
+            self._standbys.sought(session)
 
     async def close(self) -> None:
         """End all."""
         moves, self._moves = list(self._moves.values()), {}
         self._leaving.clear()
+        self._standbys.clear()
         for move in moves:
             move.work.cancel()
             self._drop(move.to)
@@ -243,8 +240,9 @@ class Moves:
 
     def _change_over(self, chain: Chain, move: _Move) -> Chain:
         self._moves.pop(chain.session, None)
-        if chain.session in self._standbys_due_s:
-            self._standbys_due_s[move.to.session] = self._clock.monotonic_s()
+        self._standbys.hand_on(chain.session, move.to.session)
+        for node in chain.avoided.now():
+            move.to.avoid(node)
         self.takeovers += move.stands_by
         move.to.stands_by_for = frozenset()
         if move.to.ahead.leave is None:
@@ -285,12 +283,14 @@ class Moves:
         error = work.exception()
         move = self._moves.get(chain.session)
         if move is not None and move.work is work:
-            self._stop(chain.session)
             if move.stands_by:
                 log.info("session %s: no chain stands by: %r", chain.session[:8], error)
                 if isinstance(error, NoRoute | KvExhausted):
-                    self._none_idle_until_s = self._clock.monotonic_s() + STANDBY_RETRY_S
-            else:
+                    self._standbys.none_idle(move.to)
+                else:
+                    self._standbys.came_to_nothing(move.to)
+            self._stop(chain.session)
+            if not move.stands_by:
                 self._on_event(f"session {chain.session[:8]}: it could not be moved: {error}")
         if not isinstance(error, FallowError | Superseded):
             log.error("a move failed inside", exc_info=error)

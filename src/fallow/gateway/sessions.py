@@ -269,6 +269,7 @@ class FleetTokenSource:
 
     def retire(self, conversation: FleetConversation, *, keep: bool) -> None:
         """A conversation has ended; keep its chain for a follow-up turn, or free it everywhere."""
+        self.moves.stand_down(conversation.chain)
         chain = conversation.chain = self.moves.newest(conversation.chain) if keep else conversation.chain
         self._live.pop(chain.session, None)
         self.repairs += chain.repairs
@@ -354,12 +355,13 @@ class FleetTokenSource:
     async def _report(self) -> None:
         rate = (self.tokens_decoded - self._tokens_at_report) / TICK_S
         self._tokens_at_report = self.tokens_decoded
+        serving = [chain for chain in self._live.values() if not chain.stands_by_for]
         report = GatewayReport(
             gateway=self._origin,
             url=self._url,
-            sessions=len(self._live),
+            sessions=len(serving),
             tokens_per_s=rate,
-            chains=tuple(chain.nodes() for chain in list(self._live.values())[:EVENTS_MAX]),
+            chains=tuple(chain.nodes() for chain in serving[:EVENTS_MAX]),
         )
         try:
             await self._bus.publish(self._subjects.gateway(report.gateway), msgspec.json.encode(report))
