@@ -5,8 +5,9 @@ the last exactly once; each hop takes a run of adjacent pieces of one carrier, a
 for repairs.
 
 Rules
-- The cheapest chain wins: the sum over its hops of compute, half a round trip to the next hop, and a fixed overhead
-  that makes the chain with fewer hops win when two are nearly as good.
+- The cheapest chain wins, by what a token of an answer that runs ahead pays (`routing_cost.py`): compute, the ring of
+  half round trips that the last hop closes with the first, and for every hop a fixed overhead that makes the chain with
+  fewer hops win when two are nearly as good.
 - Compute is what a layer takes when a call carries this session's row beside those of the sessions that are on the
   carrier already. Sessions therefore spread over equal devices and fill fast ones first.
 - A hop needs KV room for the session's whole reservation; nothing is overcommitted.
@@ -19,10 +20,12 @@ Rules
   (`rebuild.py`). What was promised to others a moment ago comes first: a loss breaks many sessions at once. Hops that
   live are given up where the others would otherwise wait `FRESH_GAIN` times as long, for the line of who must resend.
 
-The search is Dijkstra's over (layers covered, carrier), whose labels also hold the carriers used so far, because a
-carrier with separate runs could otherwise come twice: a label is dropped only for a cheaper one that has used up no
-other carrier (label dominance for elementary shortest paths: Feillet et al. 2004). It is exact as long as at most
-`carriers_per_piece_max` carriers start at an edge; beyond that, the best ones are considered.
+The search is Dijkstra's over (layers covered, carrier, first carrier): the last hop's way back to the first one makes
+two ways to the same carrier worth different things later. Labels also hold the carriers used so far, because a carrier
+with separate runs could otherwise come twice: a label is dropped only for a cheaper one that has used up no other
+carrier (label dominance for elementary shortest paths: Feillet et al. 2004). It is exact as long as at most
+`carriers_per_piece_max` carriers start at an edge; beyond that, the best ones are considered. Past `labels_max` steps
+or `pushes_max` ways to go on, neither the first carrier nor those used are told apart any more.
 """
 
 import heapq
@@ -32,104 +35,29 @@ from collections.abc import Iterable, Mapping, Sequence
 import msgspec
 
 from fallow.domain.errors import KvExhausted, NoRoute
-from fallow.domain.fleet import Hop, Outlook, RouteReply, RouteRequest, Speed
-from fallow.domain.frames import PeerAddress
+from fallow.domain.fleet import Hop, RouteReply, RouteRequest
 from fallow.domain.ids import VISITS_MAX, NodeId
 from fallow.domain.model import Span, StageSpec
 from fallow.policy.rebuild import FRESH_GAIN, Offer, least_s, limits_from, newcomer_s
+from fallow.policy.routing_cost import (
+    Carrier,
+    ModelShape,
+    RoutingRules,
+    compute_s,
+    hop_s,
+    kv_bytes,
+    rtt_s,
+    runs_from,
+)
 from fallow.policy.spans import covered, spans_where
 from fallow.policy.speed import ROWS_MAX, layer_s
 
-RTT_MAX_S = 60.0
 KV_ENDLESS_BYTES = 1 << 62
 
-
-class RoutingRules(msgspec.Struct, frozen=True, kw_only=True):
-    """Assumptions where nothing was measured, and bounds of the search."""
-
-    hop_overhead_s: float = 0.001
-    rtt_unknown_s: float = 0.002
-    layer_unknown_s: float = 0.001
-    carriers_per_piece_max: int = 8
-    labels_max: int = 2_000
-    """Search steps after which carriers used so far are no longer told apart: bounded time before the last per cent."""
-    pushes_max: int = 10_000
-    """Ways to go on that were noted, after which the same holds: a step notes as many as carriers have runs."""
-    refresh_s: float = 3.0
-    """How often the weights of a cell are worked out anew."""
-    exact_carriers_max: int = 8
-    """With so few carriers every chain is looked at; with more, chains are drawn by their weights."""
-    chains_drawn: int = 4
-    session_s: float = 120.0
-    """How long a session stays, about: what a device's outlook is asked for."""
-    session_tokens: int = 200
-    """Tokens over which a repair's cost is spread."""
-    rebuild_limits_s: tuple[float, ...] = (0.5, 0.7, 1.0, 1.4, 2.0, 2.8, 4.0, 5.7, 8.0, 11.0, 16.0, 23.0, 32.0)
-    """How long a newcomer of a repaired chain may compute before the next token: the first limit that can be kept."""
-    repaired_tokens: int = 50
-    """Tokens that come after a repair, about: over so many a newcomer's rebuild is set against its speed."""
-    repair_s: float = 1.0
-    """What a repair costs its session."""
-
-
-class ModelShape(msgspec.Struct, frozen=True, kw_only=True):
-    """What routing must know of a model."""
-
-    layer_count: int
-    kv_bytes_per_token_layer: int
-    head_layers: float = 0.0
-    """What the head costs, counted in layers."""
-    send_row_s: float = 0.0
-    """What a row takes on a home line."""
-
-
-class Carrier(msgspec.Struct, frozen=True, kw_only=True):
-    """A node and the pieces of the model in question that are ready on it."""
-
-    address: PeerAddress
-    stage: StageSpec
-    speed: Speed | None = None
-    sessions: int = 0
-    kv_free_bytes: int = 0
-    link_rtt_s: dict[NodeId, float] = {}
-    tokens_per_s: float = 0.0
-    """Rows computed a second, as its heartbeat says; 0: not told."""
-    outlook: Outlook | None = None
-    busy_share: float = 0.0
-    """Of its time, what it computes already."""
-    rebuild_wait_s: float = 0.0
-    """How long it will be at rebuilds that were promised on it."""
-    region: str = ""
-
-    @property
-    def node(self) -> NodeId:
-        return self.address.node
-
-
-def compute_s(carrier: Carrier, span: Span, shape: ModelShape, rules: RoutingRules) -> float:
-    """Seconds that a span takes on a carrier as loaded as it is."""
-    layers = span.layer_count + (shape.head_layers if span.last == shape.layer_count else 0.0)
-    return layers * max(layer_s(carrier.speed, carrier.sessions + 1, rules.layer_unknown_s), 0.0)
-
-
-def rtt_s(one: Carrier, other: Carrier, rules: RoutingRules) -> float:
-    """The round trip between two carriers as either of them measured it; none between a carrier and itself."""
-    if one.node == other.node:
-        return 0.0
-    there_s = one.link_rtt_s.get(other.address.node, math.inf)
-    back_s = other.link_rtt_s.get(one.address.node, math.inf)
-    seen_s = there_s if there_s < back_s else back_s
-    return seen_s if 0 <= seen_s <= RTT_MAX_S else rules.rtt_unknown_s
-
-
-def hop_s(
-    before: Carrier | None, carrier: Carrier, span: Span, shape: ModelShape, origin: NodeId | None, rules: RoutingRules
-) -> float:
-    """What adding a hop costs: its compute, the way to it, and, after the last one, the way back to the gateway."""
-    cost = rules.hop_overhead_s + compute_s(carrier, span, shape, rules)
-    to_origin = rules.rtt_unknown_s if origin is None else carrier.link_rtt_s.get(origin, rules.rtt_unknown_s)
-    cost += (to_origin if before is None else rtt_s(before, carrier, rules)) / 2
-    return cost + to_origin / 2 if span.last == shape.layer_count else cost
+__all__ = [
+    "Carrier", "ModelShape", "RoutingRules", "compute_s", "hop_s", "kv_bytes", "rebuild_s", "refusal", "route", "rtt_s",
+    "runs_from",
+]  # fmt: skip
 
 
 def route(
@@ -258,18 +186,20 @@ def _search(
         carrier.node: max((span.first for span in carrier.stage.pieces), default=0) for carrier in by_node.values()
     }
     heap: list[tuple[float, int, int, int, tuple[tuple[Carrier, Span], ...]]] = [(0.0, 0, 0, 0, ())]
-    settled: dict[tuple[int, NodeId | None], list[frozenset[NodeId]]] = {}
+    settled: dict[tuple[int, NodeId | None, NodeId | None], list[frozenset[NodeId]]] = {}
+    reached: set[tuple[int, NodeId | None]] = set()
     pushed = popped = 0
     while heap:
         cost, hop_count, _, edge, path = heapq.heappop(heap)
         if edge == shape.layer_count:
             return _hops(path, keep)
         popped += 1
-        last = path[-1][0] if path else None
-        known = settled.setdefault((edge, last.node if last else None), [])
+        first, last = (path[0][0].node, path[-1][0].node) if path else (None, None)
         late = popped > rules.labels_max or pushed > rules.pushes_max
-        if known and late:
+        if late and (edge, last) in reached:
             continue
+        reached.add((edge, last))
+        known = settled.setdefault((edge, last, first), [])
         used = frozenset(carrier.node for carrier, span in path if span.first not in forced)
         still_matters = frozenset(node for node in used if start_max.get(node, 0) >= edge)
         if any(earlier <= still_matters for earlier in known):
@@ -280,10 +210,10 @@ def _search(
             if edge not in forced and carrier.node in used:
                 continue
             for span in spans:
-                if late and (span.last, carrier.node) in settled:
+                if late and (span.last, carrier.node) in reached:
                     continue
                 pushed += 1
-                total = cost + hop_s(last, carrier, span, shape, request.origin, rules)
+                total = cost + hop_s(path, carrier, span, shape, request.origin, rules)
                 if edge not in forced:
                     again_s = rebuild_s(carrier, span, request.rebuild_tokens, shape, rules)
                     total += again_s / rules.repaired_tokens
@@ -354,22 +284,6 @@ def _joined(
             options = [forced[start]] if start in forced else free[start]
             reached.update(span.last for _, spans in options for span in spans)
     return layer_count in reached
-
-
-def runs_from(stage: StageSpec, start: int) -> list[Span]:
-    """Every run of adjacent pieces that starts at `start`, shortest first."""
-    runs: list[Span] = []
-    edge = start
-    for piece in stage.pieces:
-        if piece.first == edge:
-            edge = piece.last
-            runs.append(Span(start, edge))
-    return runs
-
-
-def kv_bytes(span: Span, tokens: int, shape: ModelShape) -> int:
-    """KV room that a session of so many tokens takes on a span."""
-    return span.layer_count * shape.kv_bytes_per_token_layer * tokens
 
 
 def _why_not(request: RouteRequest, shape: ModelShape, carriers: Sequence[Carrier]) -> str:

@@ -3,9 +3,12 @@
 Rules
 - Chains are drawn hop by hop by the cell's weights. A carrier that is gone, excluded, changed or without KV room for
   the whole reservation is drawn again, `REDRAWS_MAX` times; a chain that finds none ends there.
-- All hops of all drawn chains together make a small graph; its cheapest chain is chosen: half a round trip to every
-  hop, its wait and compute with the sessions that are on it and promised to it, its risk, and a fixed overhead, so that
-  of two chains that are nearly as good the one with fewer hops wins. Better than the best drawn chain, and as quick.
+- All hops of all drawn chains together make a small graph; its cheapest chain is chosen: the ring of half round trips
+  from hop to hop and back to the first (`routing_cost.py`), every hop's wait and compute with the sessions that are on
+  it and promised to it, its risk, and a fixed overhead, so that of two chains that are nearly as good the one with
+  fewer hops wins. Better than the best drawn chain, and as quick.
+- What closes the ring depends on where it begins, so the graph is gone through once for every first carrier: few are
+  drawn, and a way that costs more than the best chain so far is not followed.
 - A carrier comes at most once in a chain.
 - Equal inputs and draws give equal chains.
 
@@ -14,14 +17,14 @@ None of the drawn chains reaching the end does not mean that there is none: `cho
 
 import math
 from bisect import bisect_right
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import msgspec
 
 from fallow.domain.fleet import Hop, RouteRequest
 from fallow.domain.ids import NodeId
 from fallow.domain.model import Span
-from fallow.policy.routing import Carrier, ModelShape, RoutingRules, kv_bytes, rtt_s, runs_from
+from fallow.policy.routing_cost import Carrier, ModelShape, RoutingRules, gateway_s, kv_bytes, rtt_s, runs_from
 from fallow.policy.routing_weights import Weights
 
 REDRAWS_MAX = 3
@@ -178,7 +181,7 @@ class _Drawn:
         cost_s = self._rules.hop_overhead_s
         if span.last == self._shape.layer_count:
             layers += self._shape.head_layers
-            cost_s += self._to_origin_s(carrier) / 2
+            cost_s += gateway_s(carrier, self._request.origin, self._rules)
         cost_s += self._weights.times[node].hop_s(sessions, layers)
         mine[node, span.last] = (carrier, span, cost_s)
         return True
@@ -191,28 +194,44 @@ class _Drawn:
         promised = self._promised(node)
         return carrier, carrier.sessions + promised.sessions, carrier.kv_free_bytes - promised.kv_bytes
 
-    def _to_origin_s(self, carrier: Carrier) -> float:
-        origin = self._request.origin
-        return (
-            self._rules.rtt_unknown_s if origin is None else carrier.link_rtt_s.get(origin, self._rules.rtt_unknown_s)
-        )
-
     def cheapest(self) -> _Label | None:
         """The last hop of the cheapest chain through the drawn hops."""
+        begun: dict[NodeId, list[_Label]] = {}
+        for carrier, span, cost_s in self._hops.get(0, {}).values():
+            label = _Label(cost_s + gateway_s(carrier, self._request.origin, self._rules), carrier, span, None)
+            begun.setdefault(carrier.node, []).append(label)
+        best: _Label | None = None
+        for labels in begun.values():
+            best = self._cheapest_from(labels, best)
+        return best
+
+    def _cheapest_from(self, begun: Sequence[_Label], best: _Label | None) -> _Label | None:
+        """The cheapest chain that begins with one of these hops of one carrier, or `best` where none is cheaper."""
+        first, layer_count = begun[0].carrier, self._shape.layer_count
+        least_s = math.inf if best is None else best.cost_s
         arrived: dict[int, list[_Label]] = {}
+        for start in begun:
+            arrived.setdefault(start.span.last, []).append(start)
         for edge in sorted(self._hops):
-            before = arrived.get(edge, [])
+            before = arrived.get(edge)
+            if before is None:
+                continue
             for carrier, span, cost_s in self._hops[edge].values():
-                label = self._extended(edge, before, carrier, span, cost_s)
+                closing_s = rtt_s(carrier, first, self._rules) / 2 if span.last == layer_count else 0.0
+                label = self._extended(before, carrier, span, cost_s + closing_s, least_s)
                 if label is not None:
                     arrived.setdefault(span.last, []).append(label)
-        return min(arrived.get(self._shape.layer_count, ()), key=lambda label: label.cost_s, default=None)
+        for end in arrived.get(layer_count, ()):
+            if end.cost_s < least_s:
+                best, least_s = end, end.cost_s
+        return best
 
-    def _extended(self, edge: int, before: list[_Label], carrier: Carrier, span: Span, cost_s: float) -> _Label | None:
-        if edge == 0:
-            return _Label(cost_s + self._to_origin_s(carrier) / 2, carrier, span, None)
+    def _extended(
+        self, before: Sequence[_Label], carrier: Carrier, span: Span, cost_s: float, least_s: float
+    ) -> _Label | None:
+        """The cheapest way over one of the hops before to this one, if it costs less than `least_s` there."""
         best: _Label | None = None
-        best_s = math.inf
+        best_s = least_s - cost_s
         for label in before:
             if label.cost_s >= best_s:
                 continue

@@ -26,7 +26,7 @@ from fallow.domain.fleet import OUTLOOK_HORIZONS_S, Outlook
 from fallow.domain.ids import NodeId
 from fallow.domain.model import Span
 from fallow.policy.flow import throughput_of_sets, throughput_of_spans
-from fallow.policy.routing import Carrier, ModelShape, RoutingRules, kv_bytes
+from fallow.policy.routing_cost import Carrier, ModelShape, RoutingRules, kv_bytes
 from fallow.policy.routing_flow import HopFlow, Kind, fewest_hops
 from fallow.policy.speed import ROWS_MAX, layer_s, layers_per_s
 
@@ -37,11 +37,13 @@ ACTIVE_MIN = 0.1
 """At least this share of the open sessions is thought to compute."""
 ROUND_ROUNDS = 4
 LOAD_UNKNOWN = 0.85
-LOAD_MIN = 0.4
+LOAD_MIN = 0.8
+"""Planned for at least this: a plan for less gives everything to the few devices with the longest spans, and a load
+that grows finds them full."""
 LOAD_MAX = 0.98
-CALLS_WAITING = 1.6
+CALLS_WAITING = 1.8
 """Sessions on a carrier, in full calls, from which on more are asked for than it computes."""
-HEADROOM_SHARE = 0.5
+HEADROOM_SHARE = 0.4
 """Of what a kind has left when all kinds are equally used, the share that stays free."""
 RTTS_SAMPLED_MAX = 8
 KV_SESSIONS_AMPLE = 4
@@ -156,7 +158,7 @@ def weigh(
     return Weights(
         draws=_draws(flow),
         kinds=members,
-        times=_times(ordered, visits, _shares(members, flow), _prices(members, flow), rules),
+        times=_times(ordered, visits, _shares(members, flow), _prices(members, flow), _whole(flow), rules),
         rows_per_s_max=most,
         load=load,
         hops_mean=flow.hops_mean,
@@ -263,6 +265,11 @@ def _prices(kinds: Sequence[Members], flow: HopFlow) -> dict[NodeId, float]:
     return {node: price for members, price in zip(kinds, prices, strict=True) for node in members.nodes}
 
 
+def _whole(flow: HopFlow) -> float:
+    """Which share of the sessions the flow sends to one device that is the whole chain."""
+    return float(flow.share[(flow.start == 0) & (flow.end == len(flow.edges) - 1)].sum())
+
+
 # --- times ----------------------------------------------------------------------------------------
 
 
@@ -271,6 +278,7 @@ def _times(
     visits: Mapping[NodeId, float],
     shares: Mapping[NodeId, float],
     prices: Mapping[NodeId, float],
+    whole: float,
     rules: RoutingRules,
 ) -> dict[NodeId, Times]:
     points = np.array(
@@ -279,7 +287,7 @@ def _times(
     visit = np.array([visits[carrier.node] for carrier in carriers])
     now = np.array([carrier.sessions for carrier in carriers], np.float64)
     share = np.array([shares.get(carrier.node, 0.0) for carrier in carriers])
-    away_s, active, hop_s = _round(carriers, points, visit, now, share, rules)
+    away_s, active, hop_s = _round(carriers, points, visit, now, share, whole, rules)
     told = np.arange(min(max(int(now.max(initial=0.0)) + 2, 8), SESSIONS_TOLD_MAX), dtype=np.float64)
     stay_s, batch_layer_s = _at_hop(points, visit, 1.0 + active * told[None, :], away_s[:, None])
     wait_s = np.maximum(stay_s - batch_layer_s * visit[:, None], 0.0)
@@ -298,14 +306,17 @@ def _times(
 
 
 def _round(
-    carriers: Sequence[Carrier], points: Floats, visit: Floats, now: Floats, share: Floats, rules: RoutingRules
-) -> tuple[Floats, float, float]:
+    carriers: Sequence[Carrier], points: Floats, visit: Floats, now: Floats, share: Floats, whole: float,
+    rules: RoutingRules,
+) -> tuple[Floats, float, float]:  # fmt: skip
     """Z of every carrier, which share of the open sessions compute, and what a hop takes beside its compute.
 
-    A token's round is its hops' wire and stay, averaged as the flow uses the carriers. Where fewer rows are computed
-    than the sessions would ask for, the others are conversations that rest between two questions.
+    A token's round is its hops' wire and stay, averaged as the flow uses the carriers: a ring has as many ways as hops,
+    but for a chain of one device, which has none. Where fewer rows are computed than the sessions would ask for, the
+    others are conversations that rest between two questions.
     """
-    wire_s = rules.hop_overhead_s + _rtt_mean_s(carriers, rules) / 2
+    ways = 1.0 - min(whole / max(float(share.sum()), 1e-9), 1.0)
+    wire_s = rules.hop_overhead_s + ways * _rtt_mean_s(carriers, rules) / 2
     stay_s = points[:, 0] * visit
     told = sum(carrier.tokens_per_s for carrier in carriers)
     active = 1.0

@@ -2,7 +2,9 @@
 
 Rules
 - A session decodes token by token. A token's row visits the hops of its session's chain in order; between two devices
-  it is on the wire for half their round trip, and from the last one it goes back to its gateway.
+  it is on the wire for half their round trip. Chains run ahead (docs/adr/0010): from the last device the token goes to
+  the first one, which begins the next row at once, and to the gateway, which counts it. Nothing goes wrong with that
+  here, and no gateway is so far that a chain would have to wait for it (`AHEAD_ROWS`).
 - A device computes one call at a time: one part (a piece has a graph of its own), and up to `ROWS_MAX` of the rows that
   wait for it, first come, first served. Parts take turns in their order, so that rows which go through several are
   carried along; a part for which a full call waits goes before those for which none does.
@@ -39,12 +41,13 @@ Floats = NDArray[np.float64]
 
 
 class _Session:
-    __slots__ = ("began_s", "chain", "gateway", "hops", "left", "name", "ticket", "token_at_s", "tokens")
+    __slots__ = ("ahead", "began_s", "chain", "gateway", "hops", "left", "name", "ticket", "token_at_s", "tokens")
 
     def __init__(self, name: SessionId, asked: Asked, now_s: float) -> None:
         self.name = name
         self.gateway = asked.gateway
-        self.tokens = self.left = asked.tokens
+        self.tokens = self.left = self.ahead = asked.tokens
+        """All of the answer's; those that the gateway still waits for; those that the chain has still to compute."""
         self.chain: tuple[tuple[int, int, int], ...] = ()
         """Device, first part, last part of every hop."""
         self.hops: tuple[Hop, ...] = ()
@@ -213,8 +216,9 @@ class CellModel:
                 device.open.discard(session)
 
     def _feed(self, session: _Session) -> None:
-        """The gateway sends the next token to the first hop."""
+        """The gateway sends the next token to the first hop, which has none of those that it still waits for."""
         first = session.chain[0][0]
+        session.ahead = session.left
         delay_s = self._half_s[self._first_gateway + session.gateway][first]
         self._at(self.now_s + delay_s, self._arrive, first, (session, 0, session.ticket))
 
@@ -229,7 +233,6 @@ class CellModel:
         session.token_at_s = self.now_s
         session.left -= 1
         if session.left:
-            self._feed(session)
             return
         seen.finished += 1
         seen.session_token_s.append((self.now_s - session.began_s) / session.tokens)
@@ -287,12 +290,16 @@ class CellModel:
                 self._wait(device, part + 1, row)
                 continue
             device.computed += 1
-            if place + 1 == len(session.chain):
+            following = place + 1
+            if following == len(session.chain):
                 back_s = half_s[self._first_gateway + session.gateway]
                 self._at(self.now_s + back_s, self._token, session, ticket)
-            else:
-                following = session.chain[place + 1][0]
-                self._at(self.now_s + half_s[following], self._arrive, following, (session, place + 1, ticket))
+                session.ahead -= 1
+                following = 0
+                if not session.ahead:
+                    continue
+            other = session.chain[following][0]
+            self._at(self.now_s + half_s[other], self._arrive, other, (session, following, ticket))
         self._call(index)
 
     # --- what the router is told ----------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Routing over drawn fleets: lawful chains, never worse than trying them all; and the cases that people ask about."""
 
 import math
+import random
 from collections.abc import Iterator, Sequence
 
 import msgspec
@@ -11,7 +12,7 @@ from fallow.domain.fleet import Hop, RouteReply, RouteRequest, Speed
 from fallow.domain.frames import PeerAddress
 from fallow.domain.ids import Digest, NodeId, SessionId
 from fallow.domain.model import Span, StageSpec
-from fallow.policy.routing import Carrier, ModelShape, RoutingRules, hop_s, kv_bytes, rebuild_s, route
+from fallow.policy.routing import Carrier, ModelShape, RoutingRules, compute_s, kv_bytes, rebuild_s, route, rtt_s
 from fallow.policy.speed import layer_s
 
 MODEL = Digest("ab" * 32)
@@ -82,12 +83,14 @@ def every_chain(
                 yield from every_chain(carriers, asked, (*path, (item, span)))
 
 
-def cost_s(path: Sequence[tuple[Carrier, Span]]) -> float:
-    total, before = 0.0, None
-    for item, span in path:
-        total += hop_s(before, item, span, shape=SHAPE, origin=None, rules=RULES)
-        before = item
-    return total
+def cost_s(path: Sequence[tuple[Carrier, Span]], origin: NodeId | None = None) -> float:
+    """What a token pays, said anew: every hop's work, the ring of half round trips, and the gateway's share."""
+    total = sum(RULES.hop_overhead_s + compute_s(item, span, SHAPE, RULES) for item, span in path)
+    around = zip(path, [*path[1:], path[0]], strict=True)
+    total += sum(rtt_s(item, other, RULES) / 2 for (item, _), (other, _) in around)
+    ends = [path[0][0], path[-1][0]]
+    known = [item.link_rtt_s.get(origin, RULES.rtt_unknown_s) if origin else RULES.rtt_unknown_s for item in ends]
+    return total + RULES.gateway_share * sum(known) / 2
 
 
 def check_lawful(reply: RouteReply, carriers: Sequence[Carrier], asked: RouteRequest) -> None:
@@ -105,18 +108,40 @@ def check_lawful(reply: RouteReply, carriers: Sequence[Carrier], asked: RouteReq
 
 
 @settings(max_examples=300, deadline=None)
-@given(carriers=carriers_drawn(), exclude=st.sets(st.integers(0, 3), max_size=2))
-def test_the_chain_is_lawful_and_no_other_is_cheaper(carriers: list[Carrier], exclude: set[int]) -> None:
-    asked = request(exclude=sorted(exclude))
+@given(
+    carriers=carriers_drawn(),
+    exclude=st.sets(st.integers(0, 3), max_size=2),
+    origin=st.sampled_from([None, node_id(3), node_id(9)]),
+)
+def test_the_chain_is_lawful_and_no_other_is_cheaper(
+    carriers: list[Carrier], exclude: set[int], origin: NodeId | None
+) -> None:
+    asked = msgspec.structs.replace(request(exclude=sorted(exclude)), origin=origin)
     reply = route(asked, SHAPE, carriers, RULES)
-    best = min((cost_s(path) for path in every_chain(carriers, asked)), default=None)
+    best = min((cost_s(path, origin) for path in every_chain(carriers, asked)), default=None)
     if best is None:
         assert reply.error is not None
         assert reply.hops == ()
         return
     check_lawful(reply, carriers, asked)
     by_node = {item.node: item for item in carriers}
-    assert math.isclose(cost_s([(by_node[step.address.node], step.span) for step in reply.hops]), best, rel_tol=1e-9)
+    chosen = [(by_node[step.address.node], step.span) for step in reply.hops]
+    assert math.isclose(cost_s(chosen, origin), best, rel_tol=1e-9)
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1))
+def test_among_many_chains_none_is_cheaper_around_its_ring(seed: int) -> None:
+    """Where there is a choice of three devices for every third, and their ways differ much."""
+    dice, origin = random.Random(seed), node_id(9)
+    crowd = []
+    for index in range(9):
+        rtts = {node_id(other): dice.choice([0.002, 0.01, 0.03, 0.06]) for other in range(10)}
+        item = carrier(index, Span(index % 3 * 2, index % 3 * 2 + 2), seconds=dice.choice([0.001, 0.002]))
+        crowd.append(msgspec.structs.replace(item, link_rtt_s=rtts))
+    asked = msgspec.structs.replace(request(), origin=origin)
+    found = [(crowd[int(step.address.node, 16)], step.span) for step in route(asked, SHAPE, crowd, RULES).hops]
+    assert math.isclose(cost_s(found, origin), min(cost_s(path, origin) for path in every_chain(crowd, asked)))
 
 
 @settings(max_examples=200, deadline=None)
@@ -138,6 +163,53 @@ def test_a_repair_keeps_what_lives_wherever_that_is_possible(carriers: list[Carr
 
 
 A, B, C = Span(0, 2), Span(2, 4), Span(4, 6)
+
+
+GATEWAY = node_id(99)
+
+
+def linked(item: Carrier, **rtts_ms: int) -> Carrier:
+    """With what it measured: to device `n7`, or to the `gateway`."""
+    found = {GATEWAY if name == "gateway" else node_id(int(name[1:])): ms / 1e3 for name, ms in rtts_ms.items()}
+    return msgspec.structs.replace(item, link_rtt_s=found)
+
+
+def chosen(*carriers: Carrier) -> list[NodeId]:
+    asked = msgspec.structs.replace(request(), origin=GATEWAY)
+    return [step.address.node for step in route(asked, SHAPE, carriers, RULES).hops]
+
+
+def test_one_device_pays_no_network_for_a_token() -> None:
+    """Two that are nearer to their gateway, and compute faster, lose to a distant device that needs no way at all."""
+    whole = linked(carrier(0, A, B, C, seconds=0.0015), gateway=100)
+    near = linked(carrier(1, A, B), gateway=1, n0=20, n2=20), linked(carrier(2, C), gateway=1, n0=20)
+    assert chosen(whole, *near) == [whole.node]
+
+
+def test_of_two_chains_the_one_whose_last_device_is_nearer_to_its_first_wins() -> None:
+    """However the gateway lies: the token goes from the last device to the first one, and not over the gateway."""
+    first = linked(carrier(0, A), gateway=10, n1=10)
+    middle = linked(carrier(1, B), gateway=10, n2=10, n3=10)
+    near, far = linked(carrier(2, C), gateway=60, n0=4), linked(carrier(3, C), gateway=1, n0=40)
+    assert chosen(first, middle, near, far) == [first.node, middle.node, near.node]
+
+
+def test_the_first_device_is_chosen_by_the_way_back_to_it() -> None:
+    """The cheaper way to the middle is the dearer ring: labels with different first devices must both live."""
+    cheap, dear = linked(carrier(0, A), gateway=1, n2=2, n3=60), linked(carrier(1, A), gateway=1, n2=6, n3=2)
+    middle, last = linked(carrier(2, B), n3=2), carrier(3, C)
+    assert chosen(cheap, dear, middle, last) == [dear.node, middle.node, last.node]
+
+
+def test_of_two_equal_chains_the_one_nearer_to_the_gateway_wins() -> None:
+    far, near = linked(carrier(0, A, B, C), gateway=80), linked(carrier(1, A, B, C), gateway=10)
+    assert chosen(far, near) == [near.node]
+
+
+@given(st.sampled_from([-1.0, -1e9, math.nan, math.inf, 1e12]))
+def test_a_way_to_the_gateway_that_cannot_be_is_not_believed(told_s: float) -> None:
+    liar = msgspec.structs.replace(carrier(0, A, B, C, seconds=0.002), link_rtt_s={GATEWAY: told_s})
+    assert chosen(liar, carrier(1, A, B, C)) == [node_id(1)]
 
 
 def test_fewer_hops_win_when_the_rest_is_equal() -> None:

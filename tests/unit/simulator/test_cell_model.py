@@ -28,12 +28,20 @@ def cell(*held: tuple[Span, ...], kv: int = 10**6, rtt_s: float = 0.1) -> CellMo
 
 
 def test_one_session_takes_compute_and_wires() -> None:
+    """The first token comes from the gateway and goes back to it; those after it go around the ring."""
     model = cell(HALVES[:1], HALVES[1:])
     model.offer(0.0, Asked(0, 3))
     model.run(10.0)
-    assert model.seen.token_s == pytest.approx([0.04 + 0.15] * 3)
+    assert model.seen.token_s == pytest.approx([0.04 + 0.15, 0.04 + 0.1, 0.04 + 0.1])
     assert (model.seen.finished, model.seen.hops_mean) == (1, 2.0)
     assert set(model.kv_free().values()) == {10**6}
+
+
+def test_one_device_goes_on_without_a_wire() -> None:
+    model = cell(HALVES)
+    model.offer(0.0, Asked(0, 3))
+    model.run(10.0)
+    assert model.seen.token_s == pytest.approx([0.04 + 0.1, 0.04, 0.04])
 
 
 def test_rows_that_wait_together_share_a_call() -> None:
