@@ -7,8 +7,11 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 VENV := .venv
 BIN := $(VENV)/bin
-# The same examples in every run: what `pytest` alone finds with new ones becomes a test of its own.
-SAME := --hypothesis-profile=ci
+# The same examples in every run (tests/conftest.py): what `pytest` alone finds with new ones becomes a test of its own.
+SAME := --hypothesis-profile=same
+# A file's tests stay together. A worker that dies fails the run: with `loadfile`, pytest-xdist 3.8 hands the next one
+# what is done already, and both wait for ever.
+SPREAD := -n logical --maxprocesses=8 --dist loadfile --max-worker-restart=0
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
@@ -23,7 +26,7 @@ demo: $(VENV)/.installed  ## Three devices answer, one is killed, the answer goe
 	@$(BIN)/python -m fallow.demo
 
 test: $(VENV)/.installed  ## Run every test; what is skipped is listed with its reason
-	@$(BIN)/python -m pytest $(SAME) --ignore=tests/system -n logical --maxprocesses=8 --dist loadfile; first=$$?; \
+	@$(BIN)/python -m pytest $(SAME) --ignore=tests/system $(SPREAD); first=$$?; \
 	$(BIN)/python -m pytest $(SAME) tests/system && exit $$first
 
 check: $(VENV)/.installed  ## Style, types and the rules about imports
