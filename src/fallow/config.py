@@ -16,6 +16,7 @@ It opens nothing but the file, and looks at no hardware: what `None` means is de
 import os
 import tomllib
 from collections.abc import Iterator, Mapping
+from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, get_args, get_origin, get_type_hints
 
@@ -353,7 +354,14 @@ def _convert(name: str, value: Any, kind: Any, source: str) -> Any:
         return msgspec.convert(value, kind, strict=not isinstance(value, str))
     except msgspec.ValidationError as error:
         shown = "[…]" if name in SECRET_SETTINGS else repr(value)
-        raise ConfigError(f"{name} = {shown} from {source} cannot be used: {_lower(str(error))}.") from error
+        why = _lower(str(error)) if _choices(kind) is None else f"expected one of {_choices(kind)}"
+        raise ConfigError(f"{name} = {shown} from {source} cannot be used: {why}.") from error
+
+
+def _choices(kind: Any) -> str | None:
+    """What a setting that is one of a few words may be."""
+    words = [item.value for item in kind] if isinstance(kind, type) and issubclass(kind, Enum) else get_args(kind)
+    return ", ".join(words) if words and all(isinstance(word, str) for word in words) else None
 
 
 def _is_texts(kind: Any) -> bool:

@@ -102,9 +102,9 @@ def test_whoever_has_taken_over_has_another_one_stand_by(tmp_path: Path) -> None
     async def test(fleet: Fleet, source: FleetTokenSource, model: Digest) -> None:
         expected = await undisturbed(source, model, 2 * COUNT)
         conversation = await prioritised(source, model)
-        task = asyncio.create_task(timed(fleet, conversation, 2 * COUNT, between_s=0.02))
+        task = asyncio.create_task(timed(fleet, conversation, 2 * COUNT, between_s=0.1))
         for lost, takeovers in ((0, 1), (4, 2)):
-            await asyncio.sleep(0.8)
+            await asyncio.sleep(STANDBY_RETRY_S + 0.8 if takeovers > 1 else 0.8)
             fleet.nodes[lost].kill()
             await asyncio.sleep(0.2)
             assert source.moves.takeovers == takeovers

@@ -55,9 +55,11 @@ class Standbys:
         self._due_s.clear()
 
     def hand_on(self, session: SessionId, to: SessionId) -> None:
-        """The conversation goes on under another name."""
+        """The conversation goes on with this chain. What took a device of the other may have broken more, which are
+        repaired first."""
         if session in self._due_s:
             self.want(to)
+            self.sought(to)
 
     def due(self, chain: Chain) -> bool:
         """Whether one is to be sought now."""

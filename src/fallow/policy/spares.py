@@ -20,6 +20,8 @@ from fallow.policy.routing import Carrier
 
 BUSY_MAX_SHARE: Final = 0.5
 """A device that computes more of its time than this holds no spare copies."""
+WAIT_MAX_S: Final = 1.0
+"""Nor does one that will be at prompts and rebuilds for longer, which were promised on it."""
 ROOM_SHARE: Final = 0.5
 """A spare copy takes so much of a device's free KV room at most."""
 REGIONS_MAX: Final = 4
@@ -27,11 +29,11 @@ REGIONS_MAX: Final = 4
 
 
 def idle_part(carriers: Iterable[Carrier]) -> list[Carrier]:
-    """Those that are idle enough (`Carrier.busy_share`), each with the room that a spare copy may take there."""
+    """Those that are idle enough, each with the room that a spare copy may take there."""
     return [
         msgspec.structs.replace(carrier, kv_free_bytes=int(carrier.kv_free_bytes * ROOM_SHARE))
         for carrier in carriers
-        if carrier.busy_share <= BUSY_MAX_SHARE
+        if carrier.busy_share <= BUSY_MAX_SHARE and carrier.rebuild_wait_s <= WAIT_MAX_S
     ]
 
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from fallow.domain.ids import NodeId
 from fallow.policy.routing import Carrier
-from fallow.policy.spares import BUSY_MAX_SHARE, REGIONS_MAX, ROOM_SHARE, apart, idle_part
+from fallow.policy.spares import BUSY_MAX_SHARE, REGIONS_MAX, ROOM_SHARE, WAIT_MAX_S, apart, idle_part
 from tests.unit.policy.routing_world import carrier, node_id
 
 
@@ -19,7 +19,10 @@ def cells_in_regions(draw: st.DrawFn) -> tuple[list[Carrier], frozenset[NodeId]]
     regions = "abcdef"[: draw(st.integers(1, 6))]
     cell = [
         msgspec.structs.replace(
-            carrier(index, 0, 6), region=dice.choice(regions), busy_share=dice.choice([0.0, 0.2, BUSY_MAX_SHARE, 0.6])
+            carrier(index, 0, 6),
+            region=dice.choice(regions),
+            busy_share=dice.choice([0.0, 0.2, BUSY_MAX_SHARE, 0.6]),
+            rebuild_wait_s=dice.choice([0.0, WAIT_MAX_S, 1.5]),
         )
         for index in range(draw(st.integers(0, 20)))
     ]
@@ -32,7 +35,8 @@ def test_what_is_offered_is_idle_and_apart_as_far_as_can_be(drawn: tuple[list[Ca
     by_node = {one.node: one for one in cell}
     taken = {by_node[node].region for node in first_chain}
     ways = list(apart(cell, first_chain))
-    idle = {one.node for one in cell if one.busy_share <= BUSY_MAX_SHARE and one.node not in first_chain}
+    free = {one.node for one in cell if one.busy_share <= BUSY_MAX_SHARE and one.rebuild_wait_s <= WAIT_MAX_S}
+    idle = free - first_chain
     assert {one.node for one in ways[-1]} == idle, "anywhere, in the end"
     assert len(ways) <= 2 + REGIONS_MAX
     for way in ways:
@@ -45,6 +49,8 @@ def test_what_is_offered_is_idle_and_apart_as_far_as_can_be(drawn: tuple[list[Ca
         assert len({one.region for one in way}) == 1, "then in one region"
 
 
-def test_a_device_is_idle_up_to_a_share_of_its_time() -> None:
+def test_a_device_is_idle_up_to_a_share_of_its_time_and_while_little_was_promised_on_it() -> None:
     cell = [msgspec.structs.replace(carrier(index, 0, 6), busy_share=index / 10) for index in range(11)]
     assert [one.node for one in idle_part(cell)] == [node_id(index) for index in range(6)]
+    waiting = [msgspec.structs.replace(carrier(index, 0, 6), rebuild_wait_s=index / 2) for index in range(11)]
+    assert [one.node for one in idle_part(waiting)] == [node_id(index) for index in range(3)]

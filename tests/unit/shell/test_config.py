@@ -62,6 +62,8 @@ def test_a_named_file_is_read_instead_of_the_folders(folder: Path) -> None:
         ("[node]\nmemory_bytes = 0\n", ["node.memory_bytes", "0"]),
         ("[placement]\nmax_share = 1.5\n", ["placement.max_share", "1.5"]),
         ("local_nodes = true\n", ["local_nodes", "True"]),
+        ("[gateway]\nstandby = 'maybe'\n", ["gateway.standby", "never, priority, always"]),
+        ("[links]\nrelay = 'maybe'\n", ["links.relay", "auto, only, never"]),
         ("cell = 'a.b'\n", ["cell", "a.b"]),
         ("gateway = 3\n", ["gateway"]),
         ("[[gateway.keys]]\nid = 'a'\nsha256 = 'short'\n", ["gateway.keys", "sha256"]),
