@@ -42,11 +42,12 @@ def probe(target: Target, data: bytes) -> None:
 
 
 def fuzz_once(target: Target, number: int, examples: int = EXAMPLES) -> Finding | None:
-    """Some examples from a seed; the smallest finding, if any."""
+    """Some examples from a seed; the smallest finding, if any, where the profile allows the time for that."""
+    phases = [phase for phase in (Phase.generate, Phase.shrink) if phase in settings.default.phases]
 
     @seed(number)
     @settings(
-        max_examples=examples, deadline=None, database=None, phases=(Phase.generate, Phase.shrink),
+        max_examples=examples, deadline=None, database=None, phases=phases,
         suppress_health_check=list(HealthCheck), report_multiple_bugs=False, print_blob=False,
     )  # fmt: skip
     @given(mutated(target.seeds))
