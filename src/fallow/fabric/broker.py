@@ -9,8 +9,8 @@ Rules
   find the server again after a restart of either side.
 - A server that dies is started again, with growing waits, at most `RESTARTS_MAX` times in a row. On Linux the kernel
   ends it when this process dies, however that happens.
-- JetStream stores in the state folder, bounded, and writes through to the disk: revisions of leases and facts of record
-  must not go back after a power cut. A write takes about 1 ms for it.
+- JetStream stores in the state folder, bounded. It holds leases only, for which no write may wait for a busy disk: who
+  leads would change with every model that is fetched (docs/adr/0006-a-leader-by-lease.md).
 - Not here: clusters.
 """
 

@@ -90,7 +90,6 @@ ping_interval: "1s"
 ping_max: 2
 jetstream {{
   store_dir: {_quote(str(folder / "jetstream"))}
-  sync_interval: always
   max_memory_store: 64MB
   max_file_store: 1GB
 }}
