@@ -9,9 +9,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 # The same examples in every run (tests/conftest.py): what `pytest` alone finds with new ones becomes a test of its own.
 SAME := --hypothesis-profile=same
-# A file's tests stay together. A worker that dies fails the run: with `loadfile`, pytest-xdist 3.8 hands the next one
-# what is done already, and both wait for ever.
-SPREAD := -n logical --maxprocesses=8 --dist loadfile --max-worker-restart=0
+# One worker more than cores, since many tests wait; who runs out of tests takes some of another's. A worker that dies
+# fails the run: with `loadfile`, pytest-xdist 3.8 hands the next one what is done already, and both wait for ever.
+WORKERS := $(shell cores=$$(getconf _NPROCESSORS_ONLN); echo $$((cores < 7 ? cores + 1 : 8)))
+SPREAD := --dist worksteal --max-worker-restart=0
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
@@ -26,7 +27,7 @@ demo: $(VENV)/.installed  ## Three devices answer, one is killed, the answer goe
 	@$(BIN)/python -m fallow.demo
 
 test: $(VENV)/.installed  ## Run every test; what is skipped is listed with its reason
-	@$(BIN)/python -m pytest $(SAME) --ignore=tests/system $(SPREAD); first=$$?; \
+	@$(BIN)/python -m pytest $(SAME) --ignore=tests/system -n $(WORKERS) $(SPREAD); first=$$?; \
 	$(BIN)/python -m pytest $(SAME) tests/system && exit $$first
 
 check: $(VENV)/.installed  ## Style, types and the rules about imports
