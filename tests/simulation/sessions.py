@@ -3,7 +3,9 @@
 The coordinator is left out on purpose: here a test says who hosts what, and what breaks when.
 """
 
+import asyncio
 from collections.abc import Sequence
+from typing import Any
 
 from fallow.domain.errors import GrantRefused, NoRoute, StageRefused
 from fallow.domain.fleet import Hop
@@ -105,6 +107,19 @@ class Node:
             return
 
         self.relay._pump._compute = drop  # type: ignore[method-assign]
+
+    def take_longer(self, later_s: float, times: int = 1 << 30) -> None:
+        """From now on, it computes so much later what comes, so many times."""
+        compute, left = self.relay._pump._compute, times
+
+        async def late(*rows: Any) -> None:
+            nonlocal left
+            if left > 0:
+                left -= 1
+                await asyncio.sleep(later_s)
+            await compute(*rows)
+
+        self.relay._pump._compute = late  # type: ignore[method-assign]
 
     def refuse_rows(self) -> None:
         """It takes every grant, and says of the first rows that they are beyond it."""

@@ -63,18 +63,9 @@ class Chain:
     """A session on some chain of stages. One task drives it; frames are delivered from the link readers."""
 
     def __init__(
-        self,
-        session: SessionId,
-        model: Digest,
-        reserve_tokens: int,
-        top_k: int | None,
-        peers: Peers,
-        router: Router,
-        clock: Clock,
-        on_event: Callable[[str], None],
-        owner: Owner | None = None,
-        read: ReadResult = last_candidates,
-    ) -> None:
+        self, session: SessionId, model: Digest, reserve_tokens: int, top_k: int | None, peers: Peers, router: Router,
+        clock: Clock, on_event: Callable[[str], None], owner: Owner | None = None, read: ReadResult = last_candidates,
+    ) -> None:  # fmt: skip
         self.session = session
         self.model = model
         self.top_k = top_k
@@ -104,9 +95,9 @@ class Chain:
         self._trouble: str | None = None
         self.avoided = Avoided(clock)
         self._grants_refused = GrantsRefused()
-        self._waker = Waker()
+        self.waker = Waker()
         self._answers = Answers(0, ())
-        self._progress = Progress(clock)
+        self.progress = Progress(clock)
         self._behind: NodeId | None = None
         """Who held the chain up when it was asked last."""
         self._room = Room(clock)
@@ -121,6 +112,7 @@ class Chain:
         self.tokens = self.tokens[:keep_tokens]
         self._phases = self._phases[:keep_tokens]
         self.ahead = RunningAhead(leave)
+        self.progress.starts_anew()
         self._candidates = None
         self._trouble = None
         self.broken = False
@@ -159,7 +151,7 @@ class Chain:
         self._phases.extend(phases)
         if tokens:
             self._candidates = None
-        self._progress.begins()
+        self.progress.begins()
         if (early := self.ahead.early(len(self.tokens))) is not None:
             self._on_result(*early)
 
@@ -173,9 +165,11 @@ class Chain:
         while self._marks.received < len(self.tokens):
             if self._trouble is not None:
                 await self._repair()
+            elif self._owner.overtaken(self):
+                raise Superseded
             await self._feed()
             if self._trouble is None and self._marks.received < len(self.tokens):
-                await self._waker.sleep()
+                await self.waker.sleep()
 
     def ask_for_room(self) -> None:
         """Have the owner free what this chain needs."""
@@ -212,7 +206,7 @@ class Chain:
                 self._on_result(header, frame.payload)
         elif isinstance(header, StageState | Refused):
             if self._answers.take(peer, header):
-                self._waker.wake()
+                self.waker.wake()
         elif isinstance(header, Fault) and peer in self.nodes():
             self._on_fault(peer, header)
 
@@ -236,7 +230,7 @@ class Chain:
             self.avoid(suspect, avoid_s)
         self._trouble = self._trouble or reason
         self.broken = True
-        self._waker.wake()
+        self.waker.wake()
 
     def _take_back(self, position: int, reason: str) -> None:
         """The chain went on with another token than the one at `position`: what it computed from there on is void."""
@@ -251,9 +245,9 @@ class Chain:
 
     def check_stall(self) -> None:
         """Called at an interval: without progress on live links, ask the chain where it stands."""
-        patience_s = self._progress.patience_s
-        if self._marks.received < len(self.tokens) and not self.broken and self._progress.stalled():
-            suspect = self._behind if self._progress.stalls >= STALLS_OF_SOMEBODY else None
+        patience_s = self.progress.patience_s
+        if self._marks.received < len(self.tokens) and not self.broken and self.progress.stalled():
+            suspect = self._behind if self.progress.stalls >= STALLS_OF_SOMEBODY else None
             self.in_trouble(f"no progress for {patience_s:.0f} s", suspect, AVOID_STALLED_S)
 
     def _on_result(self, header: Result, payload: bytes | bytearray | memoryview) -> None:
@@ -273,9 +267,9 @@ class Chain:
                 return
             self._candidates = candidates
         self._marks.received = end
-        self._progress.came()
+        self.progress.came(self._phases[end - 1])
         self._grants_refused.forget()
-        self._waker.wake()
+        self.waker.wake()
 
     # --- feeding -------------------------------------------------------------------------------
 
@@ -321,7 +315,7 @@ class Chain:
                 self._require_use()
         self.repairs += 1
         self.broken = False
-        self._progress.begins()
+        self.progress.begins()
         how = f"in {1000 * (self._clock.monotonic_s() - started_s):.0f} ms over {describe(self.hops)}"
         self._on_event(f"session {self.session[:8]}: repaired {how}, {anew} layers anew")
 
@@ -330,12 +324,12 @@ class Chain:
         if self._owner.superseded(self):
             raise Superseded
         self._owner.require_working()
-        if self._progress.stalls >= STALLS_MAX:
-            raise NoRoute(f"Devices answered and computed nothing, {self._progress.stalls} times in a row.")
+        if self.progress.stalls >= STALLS_MAX:
+            raise NoRoute(f"Devices answered and computed nothing, {self.progress.stalls} times in a row.")
 
     def _hops_to_keep(self) -> Sequence[Hop]:
         """Those that live; none of a chain that got nowhere again and again."""
-        if self._progress.stalls >= STALLS_OF_ALL:
+        if self.progress.stalls >= STALLS_OF_ALL:
             return ()
         avoided = self.avoided.now()
         return [hop for hop in self.hops if hop.address.node not in avoided]
@@ -366,7 +360,7 @@ class Chain:
             self._sent(await send(self._peers, hop.address, Frame(flow)))
         self._flows = True
         self._marks.fed = plan.feed_from
-        self._progress.rebuilds(len(self.tokens) - min(plan.feed_from, *(s.forward_from for s in plan.stages)))
+        self.progress.rebuilds(len(self.tokens) - min(plan.feed_from, *(s.forward_from for s in plan.stages)))
         self._marks.rebuilt_to = len(self.tokens)
         return layers_anew(hops, stages, self._marks.received)
 
@@ -377,7 +371,7 @@ class Chain:
         await asyncio.gather(*(self._open(hop.address, Frame(o)) for hop, o in zip(hops, opening, strict=True)))
         deadline_s = self._clock.monotonic_s() + OPEN_TIMEOUT_S
         while not answers.complete and self._trouble is None and (left_s := deadline_s - self._clock.monotonic_s()) > 0:
-            await self._waker.sleep(left_s)
+            await self.waker.sleep(left_s)
         for node, _ in (opened := answers.opened()):
             self._require_device(node)
         refusal = answers.refused() or (answers.silent() if self._trouble is None else None)

@@ -28,6 +28,9 @@ class FleetOwner(Owner):
     def superseded(self, chain: Chain) -> bool:
         return self._moves.superseded(chain)
 
+    def overtaken(self, chain: Chain) -> bool:
+        return self._moves.overtaken(chain)
+
     def make_room(self, tokens: int) -> bool:
         # Which devices lack room is not known, so both make some.
         return self._moves.make_room(tokens) | self._kept.make_room(tokens)

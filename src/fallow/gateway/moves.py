@@ -8,6 +8,9 @@ Rules
   lacking. When one is sought is `standbys.py`'s.
 - A move is a second session on another chain, without the leaving devices, that computes all that was said so far; the
   conversation changes over between two tokens, and the old session is freed everywhere.
+- Where a token is late, the other chain computes what it lacks; where it is overdue, and the other chain has it, the
+  conversation goes on there (`progress.py` says when): the first one may be hung, cut off, or busy with others. Slow
+  chains have longer, and prompts are never overdue.
 - At most one move for a conversation at a time: who else leaves meanwhile is left out of it. The chain that a move
   prepares does not move in turn: it is repaired, which nobody waits for.
 - A move that finds no chain, or no room, is tried again for as long as a leaver may stay. It never stops a chain that
@@ -46,6 +49,7 @@ MOVE_RETRY_S: Final = 0.5
 """How soon a move is tried again. A repair, for which a client waits, is more eager."""
 MOVE_TRIES_S: Final = 30.0
 """For how long. A leaving device is gone by then, or has stayed after all."""
+LATE_LOOK_S: Final = 0.125
 
 log = logging.getLogger(__name__)
 
@@ -53,13 +57,20 @@ Work = asyncio.Task[None]
 
 
 class _Move(msgspec.Struct):
+    of: Chain
     to: Chain
     leavers: set[NodeId]
     work: Work
+    overtook_at: int = 0
+    """With so many tokens, the first chain owed what comes after the last one, and this one had it."""
 
     @property
     def stands_by(self) -> bool:
         return not self.leavers
+
+    @property
+    def overtook(self) -> bool:
+        return self.overtook_at == len(self.of.tokens) and _succeeded(self.work) and not self.to.broken
 
 
 class _Leaving(msgspec.Struct):
@@ -92,6 +103,7 @@ class Moves:
         self._standbys = Standbys(clock)
         self.takeovers = 0
         """How often one that stood by has taken over."""
+        self._watching: Work | None = None
 
     def begin(self, chain: Chain, leaver: NodeId) -> bool:
         """Move away from a device that leaves. False for a chain that a move prepares: it is to be repaired."""
@@ -124,14 +136,45 @@ class Moves:
         self._standbys.sought(chain.session)
         to = self._make(chain)
         to.stands_by_for = self._standbys.shunned().union(chain.nodes())
-        self._moves[chain.session] = _Move(to, set(), self._start(chain, _come_to(to, tokens, phases)))
+        self._moves[chain.session] = _Move(chain, to, set(), self._start(chain, _come_to(to, tokens, phases)))
+        self._watch_over()
+
+    def _watch_over(self) -> None:
+        if self._watching is None or self._watching.done():
+            self._watching = asyncio.get_running_loop().create_task(self._watch())
+
+    async def _watch(self) -> None:
+        """See, while there are moves, that no answer waits longer than it must."""
+        while self._moves:
+            looked_s = self._clock.monotonic_s()
+            await self._clock.sleep(LATE_LOOK_S)
+            if self._clock.monotonic_s() - looked_s > 2 * LATE_LOOK_S:
+                continue  # we were held up ourselves: what came meanwhile is to be read first
+            for move in list(self._moves.values()):
+                try:
+                    self._look(move)
+                except Exception:
+                    log.exception("session %s: its move cannot be looked at", move.of.session[:8])
+
+    def _look(self, move: _Move) -> None:
+        """Where a token is late, have the other chain compute what it lacks; where it is overdue, use that one."""
+        chain, to = move.of, move.to
+        if to.broken or not _succeeded(move.work) or chain.rows_ready() in (None, len(chain.tokens)):
+            return
+        if len(to.tokens) < len(chain.tokens):
+            if chain.progress.late():
+                move.work = self._start(chain, _come_to(to, *chain.since(len(to.tokens))))
+        elif chain.progress.overdue():
+            move.overtook_at = len(chain.tokens)
+            chain.waker.wake()
 
     def _move(self, chain: Chain, leaver: NodeId) -> None:
         move = self._moves.get(chain.session)
         if move is None:
             to = self._make(chain)
-            move = _Move(to, set(), self._start(chain, self._prepare(chain, to)))
+            move = _Move(chain, to, set(), self._start(chain, self._prepare(chain, to)))
             self._moves[chain.session] = move
+            self._watch_over()
         move.leavers.add(leaver)
         move.to.stands_by_for = frozenset()
         move.to.avoid(leaver, MOVE_TRIES_S)
@@ -166,7 +209,7 @@ class Moves:
     def _keep_up(self, chain: Chain, move: _Move) -> None:
         """Bring a chain that stands by up to date; give it up where it would be lost, or is, with the first one."""
         if move.to.broken:
-            self._standbys.came_to_nothing(move.to)
+            self._standbys.shun(move.to)
         if move.to.broken or not set(chain.nodes()).isdisjoint(move.to.nodes()):
             self._stop(chain.session)
         elif len(chain.tokens) - len(move.to.tokens) >= STANDBY_ROWS:
@@ -177,6 +220,8 @@ class Moves:
         move = self._moves.get(chain.session)
         if move is None:
             return bool(chain.stands_by_for)  # it is given up
+        if move.overtook:
+            return True
         lost, layers = chain.layers_lost(move.leavers)
         if move.stands_by and not lost:
             return False
@@ -187,6 +232,11 @@ class Moves:
         self._stop(chain.session)
         return False
 
+    def overtaken(self, chain: Chain) -> bool:
+        """For a chain that owes a token: whether its move has it, and the token is overdue."""
+        move = self._moves.get(chain.session)
+        return move is not None and move.overtook
+
     async def awaited(self, chain: Chain) -> Chain:
         """For a chain that is superseded: the chain to go on with, once its move is ready. The same one when that
         failed."""
@@ -194,6 +244,8 @@ class Moves:
         if move is None:
             return chain
         await asyncio.wait((move.work,))
+        if self._moves.get(chain.session) is not move:
+            return chain  # it made way meanwhile
         if _succeeded(move.work) and not move.to.broken:
             return self._change_over(chain, move)
         self._stop(chain.session)
@@ -236,7 +288,11 @@ class Moves:
         for move in moves:
             move.work.cancel()
             self._drop(move.to)
-        await asyncio.gather(*(move.work for move in moves), return_exceptions=True)
+        ending = [move.work for move in moves]
+        if self._watching is not None:
+            self._watching.cancel()
+            ending.append(self._watching)
+        await asyncio.gather(*ending, return_exceptions=True)
 
     def _change_over(self, chain: Chain, move: _Move) -> Chain:
         self._moves.pop(chain.session, None)
@@ -244,12 +300,16 @@ class Moves:
         for node in chain.avoided.now():
             move.to.avoid(node)
         self.takeovers += move.stands_by
+        how = describe(move.to.hops)
+        if move.overtook:
+            self._standbys.shun(chain)
+            how += f" after {chain.progress.waited_s():.1f} s without a token"
         move.to.stands_by_for = frozenset()
         if move.to.ahead.leave is None:
             move.to.ahead = RunningAhead(chain.ahead.leave)
         move.to.append(*chain.since(len(move.to.tokens)))
         move.to.repairs += chain.repairs + 1
-        self._on_event(f"session {chain.session[:8]}: moved to {move.to.session[:8]} over {describe(move.to.hops)}")
+        self._on_event(f"session {chain.session[:8]}: moved to {move.to.session[:8]} over {how}")
         self._drop(chain)
         return move.to
 
@@ -288,7 +348,7 @@ class Moves:
                 if isinstance(error, NoRoute | KvExhausted):
                     self._standbys.none_idle(move.to)
                 else:
-                    self._standbys.came_to_nothing(move.to)
+                    self._standbys.shun(move.to)
             self._stop(chain.session)
             if not move.stands_by:
                 self._on_event(f"session {chain.session[:8]}: it could not be moved: {error}")

@@ -14,7 +14,7 @@ ROOM_HEARD_S: Final = 1.2
 
 
 class Superseded(Exception):
-    """A chain is in trouble, and its owner has another one that the conversation goes on with."""
+    """A chain is in trouble, or late, and its owner has another one that the conversation goes on with."""
 
 
 class Owner:
@@ -30,6 +30,10 @@ class Owner:
     def superseded(self, chain: "Chain") -> bool:
         """The chain is in trouble. Whether the conversation goes on elsewhere; otherwise the chain is repaired, and
         has all that its owner can free for it."""
+        return False
+
+    def overtaken(self, chain: "Chain") -> bool:
+        """The chain owes a token. Whether the conversation goes on elsewhere, where that has been computed."""
         return False
 
     def make_room(self, tokens: int) -> bool:

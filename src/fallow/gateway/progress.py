@@ -9,6 +9,7 @@ a fleet that computes nothing.
 from typing import Final
 
 from fallow.domain.clock import Clock
+from fallow.domain.frames import Phase
 
 STALL_TIMEOUT_S: Final = 15.0
 """Without any progress for so long, the chain is asked where it stands even though every link lives. That voids the
@@ -22,6 +23,14 @@ STALLS_OF_SOMEBODY: Final = 2
 STALLS_OF_ALL: Final = 3
 """From so many on, no device of the chain is kept for its cache."""
 STALLS_MAX: Final = 4
+FADES: Final = 0.95
+"""What is left of the longest wait with every token: of one that was long, a third after twenty tokens."""
+LATE_S: Final = 0.5
+LATE_WAITS: Final = 2.0
+OVERDUE_S: Final = 0.8
+OVERDUE_WAITS: Final = 3.0
+"""A token is late, or overdue, after so long and after so many times the longest wait of late: chains that stutter have
+longer. Links are silent for 1.5 s before a device is taken to be lost."""
 
 
 class Progress:
@@ -33,6 +42,8 @@ class Progress:
         self.patience_s = STALL_TIMEOUT_S
         self.stalls = 0
         """In a row, without a result in between."""
+        self._longest_s: float | None = None
+        """The longest wait for a token of late; `None` before the first."""
 
     def begins(self) -> None:
         """There is something to wait for from now on."""
@@ -42,16 +53,38 @@ class Progress:
         """So many rows are to be computed before the next result."""
         self.patience_s = STALL_TIMEOUT_S + REBUILD_ROW_S * rows
 
-    def came(self) -> None:
+    def starts_anew(self) -> None:
+        """A prompt comes next; how long that takes, tokens do not tell."""
+        self._longest_s = None
+
+    def came(self, phase: Phase) -> None:
         """A result that was not there before: whatever had to be rebuilt for it has been."""
+        if phase is Phase.DECODE and self.patience_s == STALL_TIMEOUT_S:
+            self._longest_s = max(self.waited_s(), FADES * (self._longest_s or 0.0))
         self.begins()
         self.patience_s = STALL_TIMEOUT_S
         self.stalls = 0
 
+    def waited_s(self) -> float:
+        """How long ago there began to be something to wait for, or the last result came."""
+        return self._clock.monotonic_s() - self._since_s
+
+    def late(self) -> bool:
+        """Whether the next token takes longer than those before it did."""
+        return self._exceeds(LATE_S, LATE_WAITS)
+
+    def overdue(self) -> bool:
+        """Whether it takes much longer."""
+        return self._exceeds(OVERDUE_S, OVERDUE_WAITS)
+
     def stalled(self) -> bool:
         """Whether the next result is overdue. A stall is counted once."""
-        if self._clock.monotonic_s() - self._since_s <= self.patience_s:
+        if self.waited_s() <= self.patience_s:
             return False
         self.begins()
         self.stalls += 1
         return True
+
+    def _exceeds(self, least_s: float, waits: float) -> bool:
+        longest_s = self._longest_s
+        return longest_s is not None and self.waited_s() > max(least_s, waits * longest_s)

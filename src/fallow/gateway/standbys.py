@@ -3,7 +3,7 @@
 Rules
 - After one was sought, or given up, the next is sought `STANDBY_RETRY_S` later: who was given room has it by then.
 - Where no idle devices were found for so many tokens of a model, nobody seeks them for as many or more for as long.
-- Devices with which one came to nothing are left out of the next ones for a while.
+- Devices with which one came to nothing, or that kept an answer waiting, are left out of the next ones for a while.
 
 Bookkeeping only; what stands by is `moves.py`'s. Bounded by the conversations that go on, the models that are served,
 and the devices of a few seconds.
@@ -77,9 +77,9 @@ class Standbys:
         if session in self._due_s:
             self._due_s[session] = self._clock.monotonic_s() + STANDBY_RETRY_S
 
-    def came_to_nothing(self, to: Chain) -> None:
-        """This one broke, or could not be opened."""
-        for node in to.avoided.now() or to.nodes():
+    def shun(self, chain: Chain) -> None:
+        """This one broke, could not be opened, or was late."""
+        for node in chain.avoided.now() or chain.nodes():
             self._shunned.note(node, AVOID_STALLED_S)
 
     def none_idle(self, chain: Chain) -> None:
