@@ -27,10 +27,11 @@ FADES: Final = 0.95
 """What is left of the longest wait with every token: of one that was long, a third after twenty tokens."""
 LATE_S: Final = 0.5
 LATE_WAITS: Final = 2.0
-OVERDUE_S: Final = 0.8
-OVERDUE_WAITS: Final = 3.0
+OVERDUE_S: Final = 2.0
+OVERDUE_WAITS: Final = 4.0
 """A token is late, or overdue, after so long and after so many times the longest wait of late: chains that stutter have
-longer. Links are silent for 1.5 s before a device is taken to be lost."""
+longer. A silent link is noticed before that (1.5 s), so overdue is who hangs, or is slow, behind links that live. With
+0.8 s and 3 waits, many left devices that were only busy: the longest pause of two hours of churn was 5.0 s, not 2.3."""
 
 
 class Progress:
