@@ -17,6 +17,7 @@ from fallow.fabric.disconnects import NatsPresence
 from fallow.fabric.memory import MemoryFabric
 from fallow.fabric.memory_lease import MemoryLeases
 from fallow.fabric.nats_bus import NatsBus
+from fallow.fabric.nats_client import CONNECT_TIMEOUT_S, settle
 from fallow.fabric.nats_lease import NatsLease
 from tests.contract.networks import TestNetwork, bus_server, person
 from tests.unit.fabric.support import eventually
@@ -291,6 +292,10 @@ def test_a_loss_is_told_also_after_the_server_was_restarted(adapter: str, tmp_pa
             r.crash_server()
             await eventually(lambda: not any(bus.connected for bus in buses))
             await eventually(lambda: all(bus.connected for bus in buses), within_s=20)
+            watching = presence._client  # who goes while it is away is left to heartbeats
+            assert watching is not None
+            await eventually(lambda: watching.is_connected, within_s=20)
+            await settle(watching, CONNECT_TIMEOUT_S)
             late = await r.connect("late")
             for index in (3, 0, 2, 1):
                 await buses[index].close()
