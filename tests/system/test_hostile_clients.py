@@ -19,6 +19,7 @@ from fallow.gateway.server import ServerLimits
 from fallow.processes.local_service import LocalService
 from tests.system.harness import KEYS, MODEL, Answer, OneDevice, ask
 from tests.system.hostile import Neighbour, resident_bytes
+from tests.system.stalls import Stalls
 
 QUESTION = "Name three colours and say why you like them."
 ANSWER_TOKENS = 16
@@ -56,8 +57,14 @@ def neighbour(fleet: LocalService, calm: Answer, before: dict[str, int]) -> Iter
         yield streaming
 
 
+@pytest.fixture(scope="module")
+def stalls(fleet: LocalService) -> Iterator[Stalls]:
+    with Stalls() as watching:
+        yield watching
+
+
 @pytest.fixture
-def undisturbed(fleet: LocalService, neighbour: Neighbour, before: dict[str, int]) -> Iterator[None]:
+def undisturbed(fleet: LocalService, stalls: Stalls, neighbour: Neighbour, before: dict[str, int]) -> Iterator[None]:
     yield
     neighbour.check()
     after = resident_bytes(fleet)
@@ -65,7 +72,8 @@ def undisturbed(fleet: LocalService, neighbour: Neighbour, before: dict[str, int
     assert not [name for name, size in before.items() if after[name] - size > GROWTH_MAX_BYTES]
     logs = "".join(file.read_text(errors="replace") for file in fleet.state_dir.glob("logs/*"))
     assert "Traceback" not in logs
-    assert "repairing after" not in logs
+    if not stalls.counted:
+        assert "repairing after" not in logs, f"and the machine stood still for {stalls.longest_s:.2f} s at most"
 
 
 def encoded(**changes: Any) -> bytes:
