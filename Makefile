@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 # The same examples in every run (tests/conftest.py): what `pytest` alone finds with new ones becomes a test of its own.
 SAME := --hypothesis-profile=same
 # One worker more than cores, since many tests wait; who runs out of tests takes some of another's. A worker that dies
-# fails the run: with `loadfile`, pytest-xdist 3.8 hands the next one what is done already, and both wait for ever.
+# fails the run: pytest-xdist 3.8 may hand the next one what is done already (it did with `loadfile`), and wait for ever.
 WORKERS := $(shell cores=$$(getconf _NPROCESSORS_ONLN); echo $$((cores < 7 ? cores + 1 : 8)))
 SPREAD := --dist worksteal --max-worker-restart=0
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt

@@ -9,8 +9,8 @@ Rules
   find the server again after a restart of either side.
 - A server that dies is started again, with growing waits, at most `RESTARTS_MAX` times in a row. On Linux the kernel
   ends it when this process dies, however that happens.
-- JetStream stores in the state folder, bounded. It holds leases only, for which no write may wait for a busy disk: who
-  leads would change with every model that is fetched (docs/adr/0006-a-leader-by-lease.md).
+- JetStream stores in the state folder, bounded. It holds leases only, whose renewals must not wait behind a model that
+  is fetched to the same disk, so it is not told to flush them (docs/adr/0006-a-leader-by-lease.md).
 - Not here: clusters.
 """
 

@@ -50,6 +50,7 @@ MOVE_RETRY_S: Final = 0.5
 MOVE_TRIES_S: Final = 30.0
 """For how long. A leaving device is gone by then, or has stayed after all."""
 LATE_LOOK_S: Final = 0.125
+"""How often it is looked whether a token is late; a look that comes later than two of them is left out."""
 
 log = logging.getLogger(__name__)
 
