@@ -37,9 +37,7 @@ READY_LIMIT_S = 120.0
 NOTICED_LIMIT_S = LeaseRules().acts_s - LeaseRules().renew_s
 """Who waits for a lease to run out leads later than this after the strike; who is told that it is free, far sooner."""
 TAKE_OVER_LIMIT_S = {"kill": NOTICED_LIMIT_S, "leave": NOTICED_LIMIT_S, "stop": LeaseRules().ttl_s + 2.0}
-WAIT_LIMIT_S = {"kill": LeaseRules().ttl_s, "leave": LeaseRules().ttl_s, "stop": LeaseRules().ttl_s + 2.0}
-"""How much later a client's first token may come, on a machine that also starts the next coordinator."""
-KEYS = {name: new_key() for name in ("calm", "other", *(f"new-{index}" for index in range(48)))}
+KEYS = {name: new_key() for name in ("calm", "other", *(f"new-{index}" for index in range(64)))}
 
 
 @pytest.fixture(scope="module")
@@ -149,8 +147,20 @@ def _strike_during_answers(
     print(f"{how}: longest gap of the running answer {gaps_s[0]:.3f} s, {gaps_s[1]:.3f} undisturbed")
     print(f"{how}: first tokens of new questions after {waits[0]} s, {waits[1]} undisturbed")
     assert took_s < TAKE_OVER_LIMIT_S[how]
-    assert gaps_s[0] < max(2.0, 3 * gaps_s[1]), "a running answer asks no coordinator"
+    assert gaps_s[0] < 2.0, "a running answer asks no coordinator"
     return found
+
+
+def _strike_thrice(
+    fleet: LocalService, calm: dict[str, Answer], how: str, firsts: tuple[int, ...], strike: Callable[[int], None]
+) -> None:
+    """What new questions wait longer is the median of the strikes: at any one of them, the machine may stand still."""
+    undisturbed, later_s = _undisturbed(fleet, firsts[0]), []
+    for first in firsts[1:]:
+        struck = _strike_during_answers(fleet, undisturbed, how, first, strike)
+        _check(calm, struck)
+        later_s.append(struck.wait_s - undisturbed.wait_s)
+    assert statistics.median(later_s) < TAKE_OVER_LIMIT_S[how], later_s
 
 
 def _check(calm: dict[str, Answer], struck: Around) -> None:
@@ -175,19 +185,11 @@ def test_one_leads_one_stands_by_and_status_names_them(fleet: LocalService) -> N
 
 
 def test_a_leader_that_is_killed(fleet: LocalService, calm: dict[str, Answer]) -> None:
-    undisturbed, later_s = _undisturbed(fleet, 0), []
-    for first in (4, 8, 12):
-        struck = _strike_during_answers(fleet, undisturbed, "kill", first, lambda pid: os.kill(pid, signal.SIGKILL))
-        _check(calm, struck)
-        later_s.append(struck.wait_s - undisturbed.wait_s)
-    assert statistics.median(later_s) < WAIT_LIMIT_S["kill"], later_s
+    _strike_thrice(fleet, calm, "kill", (0, 4, 8, 12), lambda pid: os.kill(pid, signal.SIGKILL))
 
 
 def test_a_leader_that_is_ended_politely(fleet: LocalService, calm: dict[str, Answer]) -> None:
-    undisturbed = _undisturbed(fleet, 16)
-    struck = _strike_during_answers(fleet, undisturbed, "leave", 20, lambda pid: os.kill(pid, signal.SIGTERM))
-    _check(calm, struck)
-    assert struck.wait_s - undisturbed.wait_s < WAIT_LIMIT_S["leave"]
+    _strike_thrice(fleet, calm, "leave", (16, 20, 48, 52), lambda pid: os.kill(pid, signal.SIGTERM))
 
 
 def test_a_leader_that_is_stopped_and_goes_on_later(fleet: LocalService, calm: dict[str, Answer]) -> None:
@@ -205,7 +207,7 @@ def test_a_leader_that_is_stopped_and_goes_on_later(fleet: LocalService, calm: d
         for pid in stopped:
             os.kill(pid, signal.SIGCONT)
     _check(calm, struck)
-    assert struck.wait_s - undisturbed.wait_s < WAIT_LIMIT_S["stop"]
+    assert struck.wait_s - undisturbed.wait_s < TAKE_OVER_LIMIT_S["stop"]
     assert before.epoch is not None
     leader, _ = _ready(fleet).coordinators
     assert leader.epoch is not None and leader.epoch > before.epoch
